@@ -1,0 +1,29 @@
+"""Factorised discriminators: train any GAN from incomplete observations.
+
+Stoller, Ewert and Dixon, "Training Generative Adversarial Networks from Incomplete Observations
+using Factorised Discriminators", ICLR 2020, https://arxiv.org/abs/1905.12660
+"""
+
+from factordisc.discriminator import FactorisedDiscriminator
+from factordisc.factorisation import Density, Factorisation, Ratio, independent, shared
+from factordisc.losses import DiscriminatorLoss, generator_loss
+from factordisc.objectives import Logistic
+from factordisc.partition import Partition
+from factordisc.sampling import DependencySampler, Observations
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Density",
+    "DependencySampler",
+    "DiscriminatorLoss",
+    "Factorisation",
+    "FactorisedDiscriminator",
+    "Logistic",
+    "Observations",
+    "Partition",
+    "Ratio",
+    "generator_loss",
+    "independent",
+    "shared",
+]
