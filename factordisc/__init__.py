@@ -4,6 +4,7 @@ Stoller, Ewert and Dixon, "Training Generative Adversarial Networks from Incompl
 using Factorised Discriminators", ICLR 2020, https://arxiv.org/abs/1905.12660
 """
 
+from factordisc.data import ObservationLoader
 from factordisc.discriminator import FactorisedDiscriminator
 from factordisc.factorisation import Density, Factorisation, Ratio, independent, shared
 from factordisc.losses import DiscriminatorLoss, generator_loss
@@ -20,6 +21,7 @@ __all__ = [
     "Factorisation",
     "FactorisedDiscriminator",
     "Logistic",
+    "ObservationLoader",
     "Observations",
     "Partition",
     "Ratio",

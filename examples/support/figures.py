@@ -1,0 +1,62 @@
+"""Figures that the experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+# Colours that remain apart in grey and for colour-blind readers (Okabe and Ito).
+COLOURS = {"gan": "#D55E00", "factorgan-no-cp": "#56B4E9", "factorgan": "#0072B2"}
+
+
+def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws FID and d_dep over the updates of the generator, one line per model."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for row in rows:
+        updates = [point["update"] for point in row["history"]]
+        for axis, key in zip(axes, ("fid", "d_dep"), strict=True):
+            values = [point[key] for point in row["history"]]
+            axis.plot(updates, values, "o-", ms=3, color=COLOURS[row["model"]], label=row["model"])
+    axes[0].set(title="Quality of the digits", ylabel="FID (log scale, lower is better)")
+    axes[0].set_yscale("log")
+    axes[1].set(title="Dependence between the digits", ylabel="$d_{dep}$ (lower is better)")
+    axes[1].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xlabel("updates of the generator")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
+    """Draws a grid of images (N, H, W) in [0, 1] per title, side by side."""
+    figure, axes = plt.subplots(
+        1, len(samples), figsize=(3.6 * len(samples), 4.4), layout="constrained", squeeze=False
+    )
+    for axis, (title, images) in zip(axes[0], samples.items(), strict=True):
+        axis.imshow(_grid(images.cpu(), columns), cmap="gray_r", vmin=0, vmax=1)
+        axis.set_title(title)
+        axis.axis("off")
+    _save(figure, path)
+
+
+def _grid(images: Tensor, columns: int) -> Tensor:
+    # a light frame of two pixels sets the samples apart
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.25)
+    rows = framed.unflatten(0, (-1, columns))  # (R, C, H, W)
+    return rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

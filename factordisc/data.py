@@ -1,0 +1,311 @@
+"""ObservationLoader: data sets of different sizes and patterns -> endless Observations."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from factordisc.partition import Array, Batch, Partition
+from factordisc.sampling import Observations, Pattern, map_tensors
+
+__all__ = ["ObservationLoader"]
+
+Source: TypeAlias = "Dataset[Any] | Tensor"
+
+
+class ObservationLoader:
+    """Loads an endless stream of `Observations` from data sets of different sizes and patterns.
+
+    Every step yields one batch per pattern. A pattern has reshuffled epochs of its own: a batch
+    never repeats an observation and never spans two epochs (the short tail of one is dropped).
+    A set smaller than the batch size is given whole in every step.
+
+    With `pool`, the batch of a pattern is drawn evenly from all observations that contain it,
+    cropped to it: so complete observations also train the marginals, in proportion to their
+    number. ``pool=False`` draws it from its own data set only, for sets that contain each other
+    already.
+
+    The stream is a function of the seed and the number of the step, whatever the number of
+    workers; so `state_dict` is small, and a resumed stream goes on exactly, with the random
+    transforms of the data sets too: before every step a worker seeds torch, NumPy and `random`.
+
+    Args:
+        datasets: Map-style data sets, or tensors, by pattern as for `Observations`. Samples have
+            the form of ``partition.take(sample, pattern)`` without the batch dimension:
+            tensors or arrays, for fields also tuples or mappings. A tuple of one is its entry.
+        partition: The split of an observation into its parts.
+        batch_size: The number of observations per pattern and step.
+        pool: Draw from all data sets that contain a pattern.
+        rng: Gives the seed, once, at construction. If ``None``, PyTorch's global generator.
+        workers: The number of processes that load ahead; 0 loads in this one.
+        pin_memory: Copy batches into pinned memory, for faster moves to a GPU.
+
+    Attributes:
+        step: The number of steps that were yielded.
+
+    Raises:
+        ValueError: If a pattern is unknown, given twice or has an empty data set, or
+            `batch_size` is below one.
+        TypeError: If a data set has no length or no items.
+
+    Example:
+        >>> partition = Partition({"left": 2, "right": 3})
+        >>> pairs, lefts = torch.zeros(8, 5), torch.ones(100, 2)
+        >>> loader = ObservationLoader({"joint": pairs, "left": lefts}, partition, 4)
+        >>> real = next(iter(loader))
+        >>> real["joint"].shape, real["left"].shape
+        (torch.Size([4, 5]), torch.Size([4, 2]))
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[Pattern, Source],
+        partition: Partition,
+        batch_size: int,
+        pool: bool = True,
+        rng: torch.Generator | None = None,
+        workers: int = 0,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` is a positive integer, but got {batch_size!r}.")
+        if not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"`workers` is an integer of at least 0, but got {workers!r}.")
+        self.partition = partition
+        self.batch_size = batch_size
+        self.workers = workers
+        self.pin_memory = pin_memory
+        named = _by_parts(datasets, partition)
+        self._pools = [
+            _Pool(
+                pattern,
+                partition.restrict(names),
+                [
+                    (partition.restrict(other), source)
+                    for other, (_, source) in named.items()
+                    if other == names or (pool and set(names) < set(other))
+                ],
+            )
+            for names, (pattern, _) in named.items()
+        ]
+        for pooled in self._pools:
+            if len(pooled) < batch_size:
+                warnings.warn(
+                    f"There are {len(pooled)} observations of {pooled.pattern!r}, fewer than "
+                    f"the batch size {batch_size}: every step gets all of them.",
+                    stacklevel=2,
+                )
+        self.seed = int(torch.randint(2**62, (), generator=rng))
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Observations]:
+        """Goes on from `step`; breaking off and iterating again loses nothing."""
+        loader = DataLoader(
+            cast("Dataset[Observations]", _Steps(self._pools)),
+            batch_size=None,
+            sampler=_Tasks(self.seed, self.step, self.batch_size, [len(p) for p in self._pools]),
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            # Its only use in DataLoader is the workers' base seed, which every step overrides;
+            # without it, each iteration would draw from the global generator.
+            generator=torch.Generator(),
+        )
+        for observations in loader:
+            self.step += 1
+            yield observations
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `load_state_dict` needs to go on exactly: plain integers and strings."""
+        return {
+            "seed": self.seed,
+            "step": self.step,
+            "batch_size": self.batch_size,
+            "sizes": {str(pooled.pattern): len(pooled) for pooled in self._pools},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the loader was whose state this is; iterate anew afterwards.
+
+        Raises:
+            ValueError: If the state is of other data sets or another batch size.
+        """
+        own = self.state_dict()
+        for key in ("batch_size", "sizes"):
+            if state[key] != own[key]:
+                raise ValueError(
+                    f"The state is of a loader with {key} {state[key]}, but here it is {own[key]}."
+                )
+        self.seed = int(state["seed"])
+        self.step = int(state["step"])
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{pooled.pattern!r}: {len(pooled)}" for pooled in self._pools)
+        return f"ObservationLoader({{{sizes}}}, batch_size={self.batch_size}, step={self.step})"
+
+
+class _Pool:
+    """All observations that contain a pattern, and how to crop them to it."""
+
+    def __init__(
+        self, pattern: Pattern, partition: Partition, sources: Sequence[tuple[Partition, Source]]
+    ) -> None:
+        self.pattern = pattern
+        self.partition = partition
+        self.sources = sources
+        self.ends = np.cumsum([_length(source) for _, source in sources])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """Loads observations by their number in the pool, cropped to the pattern."""
+        numbers = indices.numpy()
+        owners = np.searchsorted(self.ends, numbers, side="right")
+        pieces: list[Batch] = []
+        places: list[np.ndarray[Any, Any]] = []
+        for owner, (partition, source) in enumerate(self.sources):
+            place = np.flatnonzero(owners == owner)
+            if not len(place):
+                continue
+            start = 0 if owner == 0 else int(self.ends[owner - 1])
+            batch = _collate(source, torch.from_numpy(numbers[place] - start))
+            partition.batch_size(batch)  # says what does not fit, here where the data come from
+            pieces.append(partition.take(batch, self.partition.names))
+            places.append(place)
+        if len(pieces) == 1:
+            return pieces[0]
+        columns = zip(*(self.partition.arguments(piece) for piece in pieces), strict=True)
+        order = torch.from_numpy(np.argsort(np.concatenate(places)))
+        joined = tuple(
+            torch.cat(cast("list[Tensor]", list(column))).index_select(0, order)
+            for column in columns
+        )
+        return joined if len(joined) > 1 else joined[0]
+
+
+class _Task(NamedTuple):
+    """A step to load: its seed, and the numbers of its observations in every pool."""
+
+    seed: int
+    indices: list[Tensor]
+
+
+class _Tasks:
+    """The endless sequence of tasks from one step on: a function of seed and step alone."""
+
+    def __init__(self, seed: int, step: int, batch_size: int, sizes: Sequence[int]) -> None:
+        self.seed = seed
+        self.step = step
+        self.batch_size = batch_size
+        self.sizes = sizes
+
+    def __iter__(self) -> Iterator[_Task]:
+        epochs: list[tuple[int, Tensor]] = [(-1, torch.empty(0))] * len(self.sizes)
+        step = self.step
+        while True:
+            indices = []
+            for i, size in enumerate(self.sizes):
+                epoch, offset = divmod(step, max(1, size // self.batch_size))
+                if epochs[i][0] != epoch:
+                    rng = torch.Generator().manual_seed(_derived(self.seed, 0, i, epoch))
+                    epochs[i] = (epoch, torch.randperm(size, generator=rng))
+                start = offset * self.batch_size
+                indices.append(epochs[i][1][start : start + self.batch_size])
+            yield _Task(_derived(self.seed, 1, step), indices)
+            step += 1
+
+
+class _Steps:
+    """The data set whose items are whole steps, so that a worker loads all patterns of one."""
+
+    def __init__(self, pools: Sequence[_Pool]) -> None:
+        self.pools = pools
+
+    def __getitem__(self, task: _Task) -> Observations:
+        with _seeded(task.seed):
+            return Observations(
+                {
+                    pool.pattern: map_tensors(_own, pool.fetch(indices))
+                    for pool, indices in zip(self.pools, task.indices, strict=True)
+                }
+            )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds what transforms draw from, and leaves this process's generators as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _by_parts(
+    datasets: Mapping[Pattern, Source], partition: Partition
+) -> dict[tuple[str, ...], tuple[Pattern, Source]]:
+    """Checks the data sets and orders the names of their patterns."""
+    named: dict[tuple[str, ...], tuple[Pattern, Source]] = {}
+    for pattern, source in datasets.items():
+        names = partition.names if pattern == "joint" else partition.ordered(pattern)
+        if names in named:
+            raise ValueError(
+                f"ObservationLoader expects one data set per pattern, but {named[names][0]!r} "
+                f"and {pattern!r} are the same. Join them with torch.utils.data.ConcatDataset."
+            )
+        if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+            raise TypeError(
+                f"The data set of {pattern!r} expects __len__ and __getitem__, but got "
+                f"{type(source).__name__}. An iterable data set belongs into a loop of your own, "
+                "which makes Observations."
+            )
+        if _length(source) == 0:
+            raise ValueError(f"The data set of {pattern!r} is empty. Leave it out.")
+        named[names] = (pattern, source)
+    if not named:
+        raise ValueError("ObservationLoader expects at least one data set, but got none.")
+    return named
+
+
+def _length(source: Source) -> int:
+    return len(cast("Tensor", source))
+
+
+def _collate(source: Source, indices: Tensor) -> Batch:
+    if isinstance(source, Tensor):
+        return source.index_select(0, indices.to(source.device))
+    if isinstance(source, TensorDataset):
+        columns = tuple(t.index_select(0, indices.to(t.device)) for t in source.tensors)
+        return columns if len(columns) > 1 else columns[0]
+    if hasattr(source, "__getitems__"):
+        samples = source.__getitems__(indices.tolist())
+    else:
+        samples = [source[i] for i in indices.tolist()]
+    batch = default_collate(samples)
+    if isinstance(batch, (tuple, list)):
+        return tuple(cast("list[Array]", batch)) if len(batch) > 1 else cast(Array, batch[0])
+    return cast(Batch, batch)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Gives a crop memory of its own, so that a worker does not send what was cut away."""
+    return tensor.contiguous()
+
+
+def _derived(*numbers: int) -> int:
+    """Returns a seed that differs, as good as independently, for different numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

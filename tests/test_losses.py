@@ -1,0 +1,396 @@
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import softplus
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from factordisc import (
+    DependencySampler,
+    DiscriminatorLoss,
+    Factorisation,
+    FactorisedDiscriminator,
+    Observations,
+    Partition,
+    generator_loss,
+    shared,
+)
+
+PARTS = Partition({"a": 2, "b": 3})
+WIDTHS = {"a": 2, "b": 3, "p_dependency": 5, "q_dependency": 5}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+
+
+def make(network=lambda width: nn.Linear(width, 1)):
+    networks = {name: network(width) for name, width in WIDTHS.items()}
+    return FactorisedDiscriminator(PARTS, Factorisation.flat(["a", "b"]), networks)
+
+
+def seeded():
+    return DependencySampler(PARTS, rng=torch.Generator().manual_seed(1))
+
+
+def drawn(d, real, fake):
+    """The rows of every term, drawn as a criterion with the sampler `seeded` draws them."""
+    sampler = seeded()
+    sources = {"p": real, "q": fake}
+    return {term.name: sampler.draw(term, sources) for term in d.factorisation.terms}
+
+
+def gradients(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def some_real():
+    return Observations(joint=torch.randn(4, 5), a=torch.randn(16, 2), b=torch.randn(7, 3))
+
+
+# --- the loss and its report ---
+
+
+def test_loss_and_report_against_direct_computation():
+    d, real, fake = make(), some_real(), torch.randn(8, 5)
+    loss, report = DiscriminatorLoss(d, seeded())(real, fake, report=True)
+    total = 0.0
+    for name, (numerator, denominator) in drawn(d, real, fake).items():
+        above = d.networks[name](numerator)[:, 0]
+        below = d.networks[name](denominator)[:, 0]
+        expected = (1 + (-above).exp()).log().mean() + (1 + below.exp()).log().mean()
+        total = total + expected
+        accuracy = ((above > 0).double().mean() + (below <= 0).double().mean()) / 2
+        assert_close(report[name].loss, expected.detach())
+        assert_close(report[name].accuracy, accuracy)
+        assert_close(report[name].numerator, above.mean().detach())
+        assert_close(report[name].denominator, below.mean().detach())
+    assert list(report) == list(WIDTHS)
+    assert_close(loss, total)
+    assert_close(loss, sum(term.loss for term in report.values()))
+    figures = [figure for term in report.values() for figure in term]
+    assert all(figure.shape == () and not figure.requires_grad for figure in figures)
+    assert_close(DiscriminatorLoss(d, seeded())(real, fake), loss)
+
+
+def test_accuracy_weighs_both_classes_the_same():
+    d = make(lambda width: nn.Linear(width, 1))
+    for parameter in d.parameters():
+        nn.init.constant_(parameter, 0.0)
+    nn.init.constant_(d.networks["a"].bias, 1.0)  # "real" to every row
+    _, report = DiscriminatorLoss(d)(some_real(), torch.randn(8, 5), report=True)
+    assert [term.accuracy.item() for term in report.values()] == [0.5] * 4  # 16 rows against 8
+    assert_close(report["a"].loss, softplus(torch.tensor(-1.0)) + softplus(torch.tensor(1.0)))
+
+
+def test_a_plain_batch_is_complete_real_data():
+    d, x, fake = make(), torch.randn(6, 5), torch.randn(8, 5)
+    expected = DiscriminatorLoss(d, seeded())(Observations(joint=x), fake)
+    assert_close(DiscriminatorLoss(d, seeded())(x, fake), expected)
+
+
+def test_one_forward_pass_per_network_and_step():
+    d, calls = make(), []
+    for network in d.networks.values():
+        network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    DiscriminatorLoss(d)(some_real(), torch.randn(8, 5), report=True)[0].backward()
+    assert calls == [16 + 8, 7 + 8, 4 + 4, 8 + 8]
+
+
+# --- where gradients go ---
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_loss_of_a_term_leaves_the_other_networks_alone(name):
+    d = make()
+    criterion = DiscriminatorLoss(d)
+    rows = criterion.rows(some_real(), torch.randn(8, 5))
+    criterion.cost({name: rows[name]}).backward()
+    for key, gradient in gradients(d.networks).items():
+        assert (gradient is not None) == key.startswith(name + ".")
+        assert gradient is None or bool((gradient != 0).any())
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_sum_over_terms_mixes_no_gradients(name):
+    """With the rows of another term changed, the gradient of a term stays as it was."""
+    d, results = make(), []
+    criterion = DiscriminatorLoss(d)
+    rows = criterion.rows(some_real(), torch.randn(8, 5))
+    for scale in (1.0, 3.0):
+        changed = {
+            n: r if n == name else r._replace(numerator=scale * r.numerator)
+            for n, r in rows.items()
+        }
+        d.zero_grad()
+        criterion.cost(changed).backward()
+        results.append(d.networks[name].weight.grad.clone())
+    assert_close(results[0], results[1], rtol=0.0, atol=0.0)
+
+
+def test_the_discriminator_loss_does_not_reach_the_generator():
+    d, generator = make(), nn.Linear(3, 5)
+    fake = generator(torch.randn(8, 3))
+    DiscriminatorLoss(d)(Observations(a=torch.randn(4, 2)), fake).backward()
+    assert all(gradient is None for gradient in gradients(generator).values())
+    assert all(gradient is not None for gradient in gradients(d).values())
+
+
+@pytest.mark.parametrize("kind", ["non-saturating", "minimax", "kl"])
+@pytest.mark.parametrize("name", WIDTHS)
+def test_the_generator_loss_reaches_the_generator_through_every_term(name, kind):
+    d, generator = make(), nn.Linear(3, 5)
+    for other, network in d.networks.items():
+        if other != name:
+            nn.init.zeros_(network.weight)
+    generator_loss(d(generator(torch.randn(8, 3))), kind).backward()
+    columns = {"a": [0, 1], "b": [2, 3, 4]}.get(name, range(5))
+    reached = [bool((generator.weight.grad[column] != 0).all()) for column in range(5)]
+    assert reached == [column in columns for column in range(5)]
+
+
+def test_the_generators_step_leaves_no_gradient_in_the_discriminator():
+    d, generator = make(), nn.Linear(3, 5)
+    fake = generator(torch.randn(8, 3))
+    generator_loss(d(fake)).backward(inputs=list(generator.parameters()))
+    assert all(gradient is None for gradient in gradients(d).values())
+    assert all(bool((gradient != 0).any()) for gradient in gradients(generator).values())
+
+
+# --- generator_loss ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "slopes"),
+    [
+        ("non-saturating", [100.0, 0.0], [-1.0, 0.0]),
+        ("minimax", [0.0, -100.0], [0.0, -1.0]),
+        ("kl", [100.0, -100.0], [-1.0, -1.0]),
+    ],
+)
+def test_generator_loss_at_extreme_logits_in_float32(kind, values, slopes):
+    for log_ratio, value in zip([-100.0, 100.0], values, strict=True):
+        loss = generator_loss(torch.full((4,), log_ratio, dtype=torch.float32), kind)
+        assert_close(loss.item(), value, rtol=0.0, atol=1e-40)
+    log_ratio = torch.tensor([-100.0, 100.0], dtype=torch.float32, requires_grad=True)
+    generator_loss(log_ratio, kind).backward()
+    expected = torch.tensor(slopes, dtype=torch.float32) / 2
+    assert_close(log_ratio.grad, expected, rtol=0.0, atol=1e-40)
+
+
+@pytest.mark.parametrize("kind", ["non-saturating", "minimax", "kl"])
+def test_generator_loss_gradcheck_and_repeated_batch(kind):
+    log_ratio = torch.randn(6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: generator_loss(d, kind), (log_ratio,))
+    assert_close(generator_loss(log_ratio.repeat(2), kind), generator_loss(log_ratio, kind))
+
+
+def test_generator_loss_is_the_log_of_the_discriminators_probability():
+    d = torch.randn(6)
+    assert_close(generator_loss(d), -torch.sigmoid(d).log().mean())
+    assert_close(generator_loss(d, "minimax"), (1 - torch.sigmoid(d)).log().mean())
+
+
+def test_an_unknown_kind_is_answered_with_the_known():
+    with pytest.raises(ValueError, match="'non-saturating', 'minimax' or 'kl', but got 'hinge'"):
+        generator_loss(torch.zeros(2), "hinge")
+
+
+# --- missing data ---
+
+
+def test_a_term_without_data_costs_nothing_and_has_zero_gradients():
+    d, real = make(), Observations(a=torch.randn(16, 2), b=torch.randn(7, 3))
+    loss, report = DiscriminatorLoss(d)(real, torch.randn(8, 5), report=True)
+    loss.backward()
+    assert report["p_dependency"].loss == 0
+    assert all(bool(figure.isnan()) for figure in report["p_dependency"][1:])
+    for name in ("a", "b", "q_dependency"):
+        assert all(bool(figure.isfinite()) for figure in report[name])
+    for name, gradient in gradients(d.networks).items():
+        assert bool((gradient == 0).all()) == name.startswith("p_dependency")
+    assert_close(loss, sum(term.loss for term in report.values()))
+
+
+def test_empty_batches_and_none_count_as_missing():
+    real = Observations(joint=torch.randn(0, 5), a=torch.randn(4, 2), b=None)
+    _, report = DiscriminatorLoss(make())(real, torch.randn(8, 5), report=True)
+    assert {name for name in report if report[name].loss == 0} == {"b", "p_dependency"}
+
+
+def test_conditional_generation_with_separate_fields():
+    partition = Partition.fields("scene", "labels")
+    factorisation = Factorisation.flat(["scene", "labels"], assuming=[shared("scene")])
+    networks = {
+        "labels": nn.Linear(2, 1),
+        "p_dependency": nn.Bilinear(3, 2, 1),
+        "q_dependency": nn.Bilinear(3, 2, 1),
+    }
+    d = FactorisedDiscriminator(partition, factorisation, networks)
+    generator = nn.Linear(3, 2)
+    scene = torch.randn(9, 3)
+    real = Observations(joint=(torch.randn(4, 3), torch.randn(4, 2)), labels=torch.randn(6, 2))
+    fake = (scene, generator(scene))
+    loss, report = DiscriminatorLoss(d)(real, fake, report=True)
+    loss.backward()
+    assert list(report) == ["labels", "p_dependency", "q_dependency"]
+    assert all(bool((gradient != 0).any()) for gradient in gradients(d).values())
+    assert generator.weight.grad is None
+    generator_loss(d(fake)).backward(inputs=list(generator.parameters()))
+    assert bool((generator.weight.grad != 0).all())
+
+
+# --- penalties ---
+
+
+def gradient_penalty(term, numerator, denominator):
+    rows = numerator.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(term(rows).sum(), rows, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).pow(2).mean()
+
+
+def test_a_gradient_penalty_against_its_closed_form_for_linear_networks():
+    d, real, fake = make(), some_real(), torch.randn(8, 5)
+    plain = DiscriminatorLoss(d, seeded())(real, fake)
+    some = DiscriminatorLoss(d, seeded(), {"b": gradient_penalty})
+    every = DiscriminatorLoss(d, seeded(), {"*": gradient_penalty, "a": lambda *_: torch.ones(())})
+    cost = {name: (network.weight.norm() - 1) ** 2 for name, network in d.networks.items()}
+    assert_close(some(real, fake), plain + cost["b"])
+    expected = plain + 1 + cost["b"] + cost["p_dependency"] + cost["q_dependency"]
+    loss, report = every(real, fake, report=True)
+    assert_close(loss, expected)
+    assert_close(sum(term.loss for term in report.values()), plain.detach())  # without penalties
+    weight = d.networks["b"].weight
+    (extra,) = torch.autograd.grad(some(real, fake) - plain, weight)
+    assert_close(extra, 2 * (weight.norm() - 1) * weight / weight.norm())  # double backward
+
+
+def test_a_penalty_gets_the_rows_of_both_sides():
+    d, real, fake, seen = make(), some_real(), torch.randn(8, 5), {}
+
+    def record(term, numerator, denominator):
+        seen["rows"] = (numerator, denominator)
+        return term(numerator).sum() * 0
+
+    DiscriminatorLoss(d, seeded(), {"p_dependency": record})(real, fake)
+    assert_close(seen["rows"], drawn(d, real, fake)["p_dependency"])
+
+
+def test_the_penalty_of_a_term_without_data_weighs_nothing():
+    d, real, fake = make(), Observations(a=torch.randn(6, 2)), torch.randn(8, 5)
+    loss = DiscriminatorLoss(d, penalties={"p_dependency": lambda *_: torch.tensor(7.0)})
+    assert_close(loss(real, fake), loss(real, fake, report=True)[1]["a"].loss + sum_q(loss, fake))
+
+
+def sum_q(criterion, fake):
+    rows = criterion.rows(Observations(), fake)
+    return criterion.cost({"q_dependency": rows["q_dependency"]}) * 1.0
+
+
+# --- options and errors ---
+
+
+def test_separate_batches_are_two_passes():
+    d = make(lambda width: nn.Sequential(nn.Linear(width, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+    real, fake = some_real(), 3 + torch.randn(8, 5)
+    apart = DiscriminatorLoss(d, seeded(), separate_batches=True)(real, fake)
+    together = DiscriminatorLoss(d, seeded())(real, fake)
+    two, one = 0.0, 0.0
+    for name, (above, below) in drawn(d, real, fake).items():
+        network = d.networks[name]
+        two = two + softplus(-network(above)).mean() + softplus(network(below)).mean()
+        both = network(torch.cat([above, below]))
+        one = one + softplus(-both[: len(above)]).mean() + softplus(both[len(above) :]).mean()
+    assert_close(apart, two)
+    assert_close(together, one)
+    assert abs((apart - together).item()) > 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_check_finite_names_source_pattern_and_part(value):
+    criterion = DiscriminatorLoss(make(), check_finite=True)
+    pairs, fake, lone = torch.randn(4, 5), torch.randn(8, 5), torch.randn(6, 2)
+    criterion(Observations(joint=pairs, a=lone), fake)
+    spoiled = pairs.clone()
+    spoiled[1, 3] = value
+    with pytest.raises(ValueError, match=r"Part 'b' of the batch of p over \('a', 'b'\) holds NaN"):
+        criterion(Observations(joint=spoiled, a=lone), fake)
+    with pytest.raises(ValueError, match=r"Part 'a' of the batch of p over \('a',\) holds NaN or"):
+        criterion(Observations(joint=pairs, a=lone * value), fake)
+    with pytest.raises(ValueError, match=r"Part 'b' of the batch of q over \('a', 'b'\) holds NaN"):
+        criterion(pairs, spoiled)
+    assert not DiscriminatorLoss(make())(spoiled, fake).isfinite()  # off by default
+
+
+def test_refused_arguments():
+    d = make()
+    with pytest.raises(TypeError, match="expects a FactorisedDiscriminator, but got a Linear"):
+        DiscriminatorLoss(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"`penalties` names term 'c', but the terms are \('a', "):
+        DiscriminatorLoss(d, penalties={"c": gradient_penalty})
+    other = Partition({"a": 3, "b": 2})
+    with pytest.raises(ValueError, match="The sampler divides by .*, but the discriminator by"):
+        DiscriminatorLoss(d, DependencySampler(other))
+
+
+def test_refused_batches():
+    criterion, fake = DiscriminatorLoss(make()), torch.randn(8, 5)
+    with pytest.raises(ValueError, match=r"p_dependency' combines 2 blocks .* \('a', 'b'\) has 1 r"):
+        criterion(torch.randn(1, 5), fake)
+    with pytest.raises(ValueError, match=r"observed of 'a': .* 2 entries along dim 1, .*\(4, 3\)"):
+        criterion(Observations(a=torch.randn(4, 3)), fake)
+    with pytest.raises(TypeError, match="expects tensors, but `fake` holds an array"):
+        criterion(torch.randn(4, 5), fake.numpy())
+    d = FactorisedDiscriminator(
+        Partition.fields("a", "b"), Factorisation.joint(["a", "b"]), {"joint": nn.Bilinear(2, 3, 1)}
+    )
+    whole = (torch.randn(4, 2), torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"one length, but got \{'a': 4, 'b': 5\}"):
+        DiscriminatorLoss(d)(whole, (torch.randn(4, 2), torch.randn(5, 3)))
+
+
+# --- DistributedDataParallel ---
+
+
+def data_of(rank):
+    """The real and generated batches of a process; the second has no pairs."""
+    rng = torch.Generator().manual_seed(10 + rank)
+    pairs, a, b, fake = (torch.randn(6, n, generator=rng) for n in (5, 2, 3, 5))
+    return Observations(a=a, b=b) if rank else Observations(joint=pairs, a=a, b=b), fake
+
+
+def made(rank):
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(rank)
+    return DiscriminatorLoss(make(), DependencySampler(PARTS, rng=rng))
+
+
+def distributed_step(rank, directory):
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    criterion = made(rank)
+    loss, report = DistributedDataParallel(criterion)(*data_of(rank), report=True)
+    loss.backward()
+    torch.save((gradients(criterion), report["p_dependency"].loss), f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_distributed_gradients_are_the_mean_over_ranks(tmp_path):
+    torch.multiprocessing.spawn(distributed_step, args=(str(tmp_path),), nprocs=2)
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert saved[0][1] > 0
+    assert saved[1][1] == 0
+    alone = [made(rank) for rank in (0, 1)]
+    for rank, criterion in enumerate(alone):
+        criterion(*data_of(rank)).backward()
+    first, second = map(gradients, alone)
+    for name, gradient in saved[0][0].items():
+        assert_close(gradient, (first[name] + second[name]) / 2)
+        assert_close(saved[1][0][name], gradient, rtol=0.0, atol=0.0)
