@@ -79,9 +79,7 @@ class DiscreteTables(Problem):
         every = (*(name for group in claim.groups for name in group), *claim.given)
         if claim.under is None:
             # q(A, B, rest) = p(A | B) q(B) r(rest | A, B)
-            p, q = (
-                self._marginal(s, every) / self._marginal(s, claim.given) for s in ("p", "q")
-            )
+            p, q = (self._marginal(s, every) / self._marginal(s, claim.given) for s in ("p", "q"))
             return DiscreteTables(self.names, self.tables | {"q": self.tables["q"] * p / q})
         product = self._marginal(claim.under, claim.given) ** (1 - len(claim.groups))
         for group in claim.groups:
@@ -126,9 +124,7 @@ class CorrelatedGaussians(Problem):
         self.names = tuple(sizes)
         self.sizes = sizes
         ends = np.cumsum([0, *sizes.values()])
-        self.entries = {
-            name: np.arange(ends[i], ends[i + 1]) for i, name in enumerate(self.names)
-        }
+        self.entries = {name: np.arange(ends[i], ends[i + 1]) for i, name in enumerate(self.names)}
         length = int(ends[-1])
         self.means = {s: rng.normal(size=length) for s in ("p", "q")}
         self.covariances = {}
@@ -167,6 +163,4 @@ class ExactTerm(nn.Module):
 
 def exact_networks(factorisation, problem, partition, dtype=torch.float64):
     """Returns a network per term that gives its exact log ratio, rounded to `dtype`."""
-    return {
-        term.name: ExactTerm(term, problem, partition, dtype) for term in factorisation.terms
-    }
+    return {term.name: ExactTerm(term, problem, partition, dtype) for term in factorisation.terms}

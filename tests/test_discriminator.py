@@ -447,8 +447,6 @@ def test_state_dict_names_terms_and_loads():
 @pytest.mark.parametrize("wrap", [lambda d: d, DiscriminatorLoss, nn.Sequential])
 def test_the_state_dict_of_another_factorisation_is_refused_by_terms(wrap):
     joint = make(PARTS, Factorisation.joint(["a", "b"]), {"joint": nn.Linear(5, 1)})
-    says = (
-        r"lacks terms \['a', 'b', 'p_dependency', 'q_dependency'\] and has \['joint'\], unknown"
-    )
+    says = r"lacks terms \['a', 'b', 'p_dependency', 'q_dependency'\] and has \['joint'\], unknown"
     with pytest.raises(ValueError, match=says):
         wrap(make()).load_state_dict(wrap(joint).state_dict())

@@ -1,7 +1,6 @@
 """The algebra against problems whose log densities are known exactly."""
 
-import dataclasses
-import math
+from dataclasses import replace as changed
 
 import hypothesis.strategies as st
 import problems
@@ -65,9 +64,7 @@ def discrete(draw, at_least=0):
     """A table and the assumptions that it truly satisfies, in random order."""
     number = draw(st.integers(2, 6))
     names = tuple("abcdef"[:number])
-    cardinalities = {
-        name: draw(st.integers(2, 3)) if number < 5 else 2 for name in names
-    }
+    cardinalities = {name: draw(st.integers(2, 3)) if number < 5 else 2 for name in names}
     claims = draw(st.lists(claims_over(names), min_size=at_least, max_size=4))
     seed = draw(st.integers(0, 2**32 - 1))
     problem, obeyed = problems.DiscreteTables.obeying(claims, cardinalities, seed)
@@ -197,40 +194,30 @@ def flat_forms(draw):
     return problem, assuming, terms, draw(st.integers(0, len(terms) - 1))
 
 
-@many
-@given(flat_forms())
-def test_a_dropped_term_is_refused(drawn):
-    problem, assuming, terms, i = drawn
-    check_refused_if_wrong(problem, terms[:i] + terms[i + 1 :], assuming)
+def flipped(density):
+    return changed(density, source={"p": "q", "q": "p"}[density.source])
 
 
+CHANGES = {
+    "dropped term": lambda term: [],
+    "flipped sign": lambda term: [changed(term, sign=-term.sign)],
+    "duplicated term": lambda term: [term, changed(term, name="again")],
+    "not summed": lambda term: [changed(term, sign=0)],
+    "other source above": lambda term: [changed(term, numerator=[*map(flipped, term.numerator)])],
+    "other source below": lambda term: [
+        changed(term, denominator=[*term.denominator[1:], flipped(term.denominator[0])])
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @few
-@given(flat_forms())
-def test_a_flipped_sign_is_refused(drawn):
+@given(drawn=flat_forms())
+def test_a_changed_term_is_refused(change, drawn):
     problem, assuming, terms, i = drawn
-    terms[i] = dataclasses.replace(terms[i], sign=-terms[i].sign)
-    check_refused_if_wrong(problem, terms, assuming)
-
-
-@few
-@given(flat_forms())
-def test_a_duplicated_term_is_refused(drawn):
-    problem, assuming, terms, i = drawn
-    terms.append(dataclasses.replace(terms[i], name="again"))
-    check_refused_if_wrong(problem, terms, assuming)
-
-
-@few
-@given(flat_forms(), st.data())
-def test_a_density_of_the_other_source_is_refused(drawn, data):
-    problem, assuming, terms, i = drawn
-    side = data.draw(st.sampled_from(["numerator", "denominator"]))
-    densities = list(getattr(terms[i], side))
-    j = data.draw(st.integers(0, len(densities) - 1))
-    other = {"p": "q", "q": "p"}[densities[j].source]
-    densities[j] = dataclasses.replace(densities[j], source=other)
-    terms[i] = dataclasses.replace(terms[i], **{side: densities})
-    check_refused_if_wrong(problem, terms, assuming)
+    check_refused_if_wrong(
+        problem, terms[:i] + CHANGES[change](terms[i]) + terms[i + 1 :], assuming
+    )
 
 
 @many
@@ -322,13 +309,21 @@ def test_a_dependency_is_split_again_by_the_next_assumption():
 
 
 def test_the_proof_uses_every_relation_and_not_only_the_first_that_applies():
-    # a, b are independent under p too, because they are under q and p(a, b) = q(a, b).
-    assuming = [shared("a", "b"), independent("a", "b", under="q")]
-    conditional = Ratio("c", 1, p("a", "b", "c"), (p("a"), p("b"), p("c")))
-    other = Ratio("d", -1, q("a", "b", "c"), (q("a"), q("b"), q("c")))
-    marginal = Ratio("e", 1, p("c"), q("c"))
-    extra = Ratio("f", 1, p("a", "b"), (p("a"), p("b")))
-    Factorisation(["a", "b", "c"], [conditional, other, marginal, extra], assuming)
+    # a, b are independent under p too: they are under q, and p(a, b) = q(a, b).
+    blocks = independent(("a", "b"), "c", under="q")
+    assuming = [blocks, shared("a", "b"), independent("a", "b", under="q")]
+    terms = Factorisation.flat(["a", "b", "c"], assuming).terms
+    zero = Ratio("zero", 1, p("a", "b"), (p("a"), p("b")))
+    assert Factorisation(["a", "b", "c"], [*terms, zero], assuming).terms == (*terms, zero)
+
+
+def test_assumptions_that_meet_in_many_ways_are_no_obstacle():
+    names = [f"x{i}" for i in range(9)]
+    assuming = [shared(names[0], given=names[1:])]
+    for name in names:
+        assuming.append(independent(name, [n for n in names if n != name], under="q"))
+    terms = Factorisation.flat(names, assuming).terms
+    assert [term.name for term in terms] == [*names[1:], "p_dependency"]
 
 
 # --- what a factorisation is ---
@@ -345,14 +340,14 @@ def test_terms_that_are_not_summed_need_no_proof():
 
 def test_a_term_that_is_not_summed_does_not_count():
     with pytest.raises(ValueError, match="missing"):
-        Factorisation(["a", "b"], [dataclasses.replace(A, sign=0), B, P, Q])
+        Factorisation(["a", "b"], [changed(A, sign=0), B, P, Q])
 
 
 def test_equality_ignores_the_names_and_the_order_of_terms():
     flat = Factorisation.flat(["a", "b"])
-    renamed = [dataclasses.replace(t, name=f"my_{t.name}") for t in reversed(flat.terms)]
-    swapped = [dataclasses.replace(P, numerator=p("b", "a"), denominator=(p("b"), p("a")))]
-    same = Factorisation(["a", "b"], [*swapped, *(t for t in renamed if t.name != "my_" + P.name)])
+    others = [changed(t, name=f"my_{t.name}") for t in reversed(flat.terms) if t != P]
+    swapped = changed(P, numerator=p("b", "a"), denominator=(p("b"), p("a")))
+    same = Factorisation(["a", "b"], [swapped, *others])
     assert same == flat
     assert hash(same) == hash(flat)
     assert flat != Factorisation.joint(["a", "b"])
@@ -383,7 +378,7 @@ def test_str_is_the_equation_and_the_assumptions():
     factorisation = Factorisation.flat(["scene", "map"], assuming=[shared("scene")])
     assert str(factorisation).splitlines() == [
         "log p(scene, map) − log q(scene, map) =",
-        "  + map           log p(map) − log q(map)                       from (map)",
+        "  + map           log p(map) − log q(map)                        from (map)",
         "  + p_dependency  log p(scene, map) − log p(scene) − log p(map)  from (scene, map)",
         "  − q_dependency  log q(scene, map) − log q(scene) − log q(map)  from the generator",
         "assuming shared('scene')",
@@ -391,3 +386,156 @@ def test_str_is_the_equation_and_the_assumptions():
     assert repr(factorisation) == (
         "<Factorisation of scene, map into map, p_dependency, q_dependency>"
     )
+
+
+# --- errors ---
+
+
+def refuses(match, make, error=ValueError):
+    return pytest.param(match, make, error, id=match[:40])
+
+
+def form_over(*parts, assuming=()):
+    return lambda: Factorisation.flat(parts, assuming)
+
+
+def term_of(*arguments):
+    return lambda: Ratio(*arguments)
+
+
+def sum_of(*terms):
+    return lambda: Factorisation(["a", "b"], terms)
+
+
+EQ4 = Factorisation.flat(["scene", "map"], assuming=[shared("scene")])
+EQUAL = [shared("a"), shared("b", given="a")]
+
+
+@pytest.mark.parametrize(
+    ("match", "make", "error"),
+    [
+        # Names of parts.
+        refuses(r"two parts with different names, but got \('a',\)", form_over("a")),
+        refuses(r"two parts with different names, but got \('a', 'a'\)", form_over("a", "a")),
+        refuses("a sequence of part names, got 'ab'", lambda: Factorisation("ab", []), TypeError),
+        refuses("A part name is a string, but got 1 of type int", form_over("a", 1), TypeError),
+        refuses("A part name is a non-empty string, but got ''", form_over("a", "")),
+        refuses(r"'a\.b' cannot name a part: '\.' separates the levels", form_over("a.b", "c")),
+        refuses("'a/b' cannot name a part: '/' separates a group", form_over("a/b", "c")),
+        refuses("'joint' cannot name a part: it is the name of a term", form_over("joint", "c")),
+        refuses("'p_dependency' cannot name a part", form_over("p_dependency", "c")),
+        refuses("'q_dependency' cannot name a part", form_over("q_dependency", "c")),
+        refuses("'keys' cannot name a part: it is an attribute of nn.M", form_over("keys", "c")),
+        # Assumptions.
+        refuses("shared expects the name of at least one part", lambda: shared()),
+        refuses(r"shared expects every part once, .*'a', 'a'", lambda: shared("a", "a")),
+        refuses("shared expects the names of parts, but got 1", lambda: shared(1), TypeError),
+        refuses("disjoint groups of parts, but 'a' is in two", lambda: shared("a", given=["a"])),
+        refuses("argument: 'under'", lambda: independent("a", "b"), TypeError),
+        refuses(
+            r"`under` of independent expects a source, one of \('p', 'q'\), but got 'r'",
+            lambda: independent("a", "b", under="r"),
+        ),
+        refuses(r"two blocks of parts, but got \('a',\)", lambda: independent("a", under="p")),
+        refuses("at least two blocks of parts", lambda: independent("a", (), under="p")),
+        refuses(
+            "independent expects disjoint groups of parts, but 'b' is in two",
+            lambda: independent(("a", "b"), ("b", "c"), under="p"),
+        ),
+        refuses("but 'a' is in two", lambda: independent("a", "b", given="a", under="p")),
+        refuses(
+            r"shared\('z'\) names 'z', but the parts are \('a', 'b'\)",
+            form_over("a", "b", assuming=[shared("z")]),
+        ),
+        refuses(
+            r"independent\('a', 'z', under='p'\) names 'z'",
+            form_over("a", "b", assuming=[independent("a", "z", under="p")]),
+        ),
+        refuses(
+            r"expects a list of assumptions, such as \[shared\('a'\)\]",
+            form_over("a", "b", assuming=shared("a")),
+            TypeError,
+        ),
+        refuses("but got 'a'", form_over("a", "b", assuming=["a"]), TypeError),
+        refuses(
+            r"Under shared\('a', 'b'\) p equals q: nothing is left to discriminate\. Drop an",
+            form_over("a", "b", assuming=[shared("a", "b")]),
+        ),
+        refuses(
+            r"Under shared\('a'\), shared\('b', given=\['a'\]\) p equals q",
+            form_over("a", "b", assuming=EQUAL),
+        ),
+        # Densities and ratios.
+        refuses("A Density expects at least one part", lambda: p()),
+        refuses("The parts of a Density expects every part once", lambda: p("a", "a")),
+        refuses("a Density expects the names of parts, but got 1", lambda: p(1), TypeError),
+        refuses("'t' expects a sign of 1, -1 or 0, got 2", term_of("t", 2, p("a"), q("a"))),
+        refuses("'t' expects a sign of 1, -1 or 0, got True", term_of("t", True, p("a"), q("a"))),
+        refuses("A term name is a string", term_of(None, 1, p("a"), q("a")), TypeError),
+        refuses(r"'t\.u' cannot name a term: '\.'", term_of("t.u", 1, p("a"), q("a"))),
+        refuses("'keys' cannot name a term", term_of("keys", 1, p("a"), q("a"))),
+        refuses("The numerator of term 't' exp", term_of("t", 1, ["a"], q("a")), TypeError),
+        refuses(
+            r"numerator covers \('a', 'b'\) and the denominator \('a',\)",
+            term_of("t", 1, p("a", "b"), q("a")),
+        ),
+        refuses(r"covers \(\) and the denominator \(\)", term_of("t", 1, (), ())),
+        refuses(
+            "The denominator of term 't' covers 'a' more than once",
+            term_of("t", 1, p("a", "b"), (q("a", "b"), q("a"))),
+        ),
+        refuses(
+            "The numerator of term 't' covers 'a' more than once, but a side is a density of one",
+            term_of("t", 1, (p("a"), q("a")), q("a")),
+        ),
+        # Sums of terms.
+        refuses("2 terms are called 'a'. Give each its own name", sum_of(A, A, B, P, Q)),
+        refuses("`terms` expects Ratios, but got 'a'", sum_of("a"), TypeError),
+        refuses(
+            r"Term 't' names part 'z', but the parts are \('a', 'b'\)",
+            sum_of(Ratio("t", 1, p("z"), q("z"))),
+        ),
+        refuses(
+            r"Term 't' expects a source, one of \('p', 'q'\), but got 'r'",
+            sum_of(Ratio("t", 1, p("a"), Density("r", ["a"]))),
+        ),
+        refuses(
+            r"not log p\(a, b\) − log q\(a, b\); missing: log p\(a\) − log q\(a\)\. "
+            r"Add a marginal discriminator for 'a', or pass assuming=\[shared\('a'\)\]\.$",
+            sum_of(B, P, Q),
+        ),
+        refuses(
+            r"; missing: log p\(scene\) − log q\(scene\)\. Add a marginal discriminator for "
+            r"'scene', or pass assuming=\[shared\('scene'\)\]\.$",
+            lambda: Factorisation(["scene", "map"], EQ4.terms),
+        ),
+        refuses(
+            r"missing: log p\(a, b\) − log p\(a\) − log p\(b\)\. Add the p-dependency of "
+            r"\('a', 'b'\), or pass assuming=\[independent\('a', 'b', under='p'\)\]\.$",
+            sum_of(A, B, Q),
+        ),
+        refuses(
+            r"missing: log q\(a\) \+ log q\(b\) − log q\(a, b\)\. Add the q-dependency of "
+            r"\('a', 'b'\), or pass assuming=\[independent\('a', 'b', under='q'\)\]\.$",
+            sum_of(A, B, P),
+        ),
+        refuses(r"Add the p-dependency of \('a', 'b'\), .* discriminator for 'a'", sum_of(B, Q)),
+        refuses(
+            r"missing: log q\(a\) − log p\(a\)\. Add or remove terms until nothing is missing, "
+            "or state in `assuming` the relation that makes it zero",
+            sum_of(A, changed(A, name="t"), B, P, Q),
+        ),
+        refuses(r"missing: 2 log p\(a\) − 2 log q\(a\)\.", sum_of(changed(A, sign=-1), B, P, Q)),
+    ],
+)
+def test_errors_say_what_is_wrong(match, make, error):
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize("form", [Factorisation.flat, Factorisation.joint])
+def test_every_form_checks_what_it_is_given(form):
+    with pytest.raises(ValueError, match="'joint' cannot name a part"):
+        form(["joint", "a"])
+    with pytest.raises(ValueError, match="p equals q"):
+        form(["a", "b"], assuming=EQUAL[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,67 @@ def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws FID and d_dep against the number of pairs, with the published curves (Figure 1).
+
+    A point is the mean over seeds, a bar their range.
+    """
+    published = read_published("paired_mnist.csv")
+    lambdas = sorted({row["lambda"] for row in rows})
+    pairing = " and ".join(sorted({row["pairing"] for row in rows}))
+    figure, axes = plt.subplots(
+        2, len(lambdas), figsize=(5 * len(lambdas), 7), layout="constrained", squeeze=False
+    )
+    for column, same in enumerate(lambdas):
+        for axis, key, label in zip(
+            axes[:, column], ("fid", "d_dep"), ("FID", "$d_{dep}$"), strict=True
+        ):
+            for model, colour in COLOURS.items():
+                chosen = [r for r in rows if r["lambda"] == same and r["model"] == model]
+                _draw_against_pairs(axis, chosen, key, model, colour)
+                points = [r for r in published if r["lambda"] == str(same) and r["metric"] == key]
+                axis.plot(
+                    [int(r["paired"]) for r in points],
+                    [float(r[model.replace("-", "_")]) for r in points],
+                    "--",
+                    color=colour,
+                    lw=1,
+                    label=f"{model}, published",
+                )
+            axis.set(xscale="log", yscale="log" if key == "fid" else "linear")
+            axis.set(xlabel="pairs n", ylabel=f"{label} (lower is better)")
+            axis.set_title(f"lambda = {same}")
+            axis.grid(alpha=0.3, which="both")
+    axes[0, 0].legend(fontsize=8)
+    comparable = (
+        "comparable" if pairing == "redrawn" else "not comparable: their pairs were redrawn"
+    )
+    figure.suptitle(f"Paired MNIST, pairing {pairing} (published curves: {comparable})")
+    _save(figure, path)
+
+
+def _draw_against_pairs(
+    axis: plt.Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
+) -> None:
+    numbers = sorted({row["paired"] for row in rows})
+    if not numbers:
+        return
+    values = [[row[key] for row in rows if row["paired"] == n] for n in numbers]
+    means = [sum(v) / len(v) for v in values]
+    if label == "factorgan-no-cp":  # it sees no pairs
+        axis.axhline(means[0], color=colour, label=label)
+        return
+    spread = [
+        [m - min(v) for m, v in zip(means, values, strict=True)],
+        [max(v) - m for m, v in zip(means, values, strict=True)],
+    ]
+    axis.errorbar(numbers, means, spread, fmt="o-", ms=4, capsize=3, color=colour, label=label)
+
+
+def read_published(name: str) -> list[dict[str, str]]:
+    """Reads figures that the authors published, from examples/published/."""
+    path = Path(__file__).parent.parent / "published" / name
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))

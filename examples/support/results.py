@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,25 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
+    _write(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """Writes tensors, numbers and strings, whole or not at all."""
+    _write(path, lambda partial: torch.save(content, partial))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    # named after the process, since several may write one file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write(partial)
     partial.replace(path)
+
+
+def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Reads one row from every file."""
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
