@@ -4,7 +4,7 @@ from factordisc import __version__
 
 project = "factordisc"
 author = "The factordisc developers"
-copyright = "2026, The factordisc developers"  # noqa: A001
+copyright = "2026, The factordisc developers"
 version = release = __version__
 
 extensions = [

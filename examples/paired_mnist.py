@@ -112,9 +112,9 @@ def make_network(pixels: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(),
         spectral_norm(nn.Linear(pixels, WIDTH)),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(),
         spectral_norm(nn.Linear(WIDTH, WIDTH)),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(),
         spectral_norm(nn.Linear(WIDTH, 1)),
     )
 
@@ -325,7 +325,7 @@ def sweep(
     out: Path = Path("out/paired_mnist"),
     root: Path | None = None,
     models: tuple[Model, ...] = MODELS,
-    paired: tuple[int, ...] = (10, 20, 50, 100, 1000, 5000, 10_000, 20_000, 60_000),
+    pairs: tuple[int, ...] = (10, 20, 50, 100, 1000, 5000, 10_000, 20_000, 60_000),
     lambdas: tuple[float, ...] = (0.1, 0.9),
     seeds: tuple[int, ...] = (0,),
     processes: int = 1,
@@ -340,7 +340,7 @@ def sweep(
         root: A folder with MNIST's four IDX files. By default they are downloaded.
         models: The models. One without p-dependency is trained for the first n only, since it
             sees no pairs.
-        paired: The numbers n of complete samples.
+        pairs: The numbers n of complete samples.
         lambdas: The probabilities that both digits have one class.
         seeds: The seeds.
         processes: How many runs to train at a time.
@@ -350,8 +350,8 @@ def sweep(
     load_classifier(digits, test, out, torch.device(machine.device), smoke)  # once for all runs
     grid = [
         replace(settings, model=model, paired=n, same=same, seed=seed)
-        for seed, same, n, model in product(seeds, lambdas, paired, models)
-        if model != "factorgan-no-cp" or n == paired[0]
+        for seed, same, n, model in product(seeds, lambdas, pairs, models)
+        if model != "factorgan-no-cp" or n == pairs[0]
     ]
     todo = [run for run in grid if not (folder_of(run, out) / "result.json").exists()]
     print(f"{len(grid) - len(todo)} of {len(grid)} runs are finished.")

@@ -347,21 +347,21 @@ def _without(term: Ratio) -> str:
 
 
 def _refuse_other_terms(
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    local_metadata: Mapping[str, Any],
-    strict: bool,
-    *_: Any,
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Refuses the state dict of another factorisation by the terms that differ."""
+    """Refuses the state dict of another factorisation by the terms that differ.
+
+    Also with ``strict=False``, of which a hook is not told; a warm start loads the networks
+    one by one.
+    """
     networks = module.get_submodule("networks")
     start = f"{prefix}networks."
     # A term name has no dots, so it is what stands before the first one.
     saved = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
     expected = {name for name, network in networks.named_children() if network.state_dict()}
-    if strict and saved != expected:
+    if saved != expected:
         raise ValueError(
             "The state dict is of another factorisation: it lacks terms "
-            f"{sorted(expected - saved)} and has {sorted(saved - expected)}, unknown here."
+            f"{sorted(expected - saved)} and has {sorted(saved - expected)}, unknown here. "
+            "For a warm start load networks one by one: d.networks[term].load_state_dict(...)."
         )

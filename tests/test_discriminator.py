@@ -239,6 +239,12 @@ def test_inputs_may_return_a_tensor_or_a_tuple():
     assert_close(d.terms(x)["b"], d.networks["b"](2 * x[:, 2:])[:, 0])
 
 
+def test_what_inputs_returns_is_checked():
+    d = with_a(nn.Linear(2, 1), inputs={"a": lambda a: [a]})
+    with pytest.raises(TypeError, match="'a'"):
+        d(torch.randn(N, 5))
+
+
 # --- foreign networks ---
 
 IMAGES = Partition({"a": 1, "b": 3})
@@ -251,7 +257,6 @@ def conv(channels, *last):
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
-@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*:FutureWarning")
 def test_dcgan_with_batch_and_spectral_norm(norm):
     def dcgan(channels):
         return conv(channels, norm(nn.Conv2d(4, 1, 4)))  # (N, 1, 1, 1)
@@ -450,3 +455,11 @@ def test_the_state_dict_of_another_factorisation_is_refused_by_terms(wrap):
     says = r"lacks terms \['a', 'b', 'p_dependency', 'q_dependency'\] and has \['joint'\], unknown"
     with pytest.raises(ValueError, match=says):
         wrap(make()).load_state_dict(wrap(joint).state_dict())
+
+
+def test_strict_false_loads_the_terms_that_are_there():
+    d, x = make(), torch.randn(N, 5)
+    other = make()
+    some = {key: value for key, value in d.state_dict().items() if ".a." in key}
+    other.load_state_dict(some, strict=False)
+    assert_close(other.terms(x)["a"], d.terms(x)["a"], rtol=0.0, atol=0.0)
