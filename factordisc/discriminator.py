@@ -119,11 +119,11 @@ class FactorisedDiscriminator(nn.Module):
         self.partition = partition
         self.factorisation = factorisation
         self.objective = Logistic() if objective is None else objective
-        if not isinstance(self.objective, Objective):
+        if not isinstance(self.objective, Objective) or isinstance(self.objective, type):
             raise TypeError(
-                f"`objective` expects methods loss(numerator, denominator) and log_ratio(output), "
-                f"but got {objective!r}. Hinge and Wasserstein critics do not estimate a density "
-                "ratio, so they cannot be summed; use Logistic()."
+                f"`objective` expects an object with loss(numerator, denominator) and "
+                f"log_ratio(output), but got {objective!r}. Hinge and Wasserstein critics do "
+                "not estimate a density ratio, so they cannot be summed; use Logistic()."
             )
         self._terms = {term.name: term for term in factorisation.terms}
         # Made now, so that tracing a forward pass finds them.
@@ -136,6 +136,7 @@ class FactorisedDiscriminator(nn.Module):
             everywhere = {} if logit is None else dict.fromkeys(self._terms, logit)
             self._logits = self._checked_callables(everywhere, "logit")
         self._inputs = self._checked_callables(inputs or {}, "inputs")
+        self._strict = True  # torch does not tell a hook whether loading is strict
         self.register_load_state_dict_pre_hook(_refuse_other_terms)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Batch) -> Tensor:
@@ -201,6 +202,7 @@ class FactorisedDiscriminator(nn.Module):
         calls: list[_Call] = []
         by_network: dict[nn.Module, list[_Call]] = {}
         for name, several in batches.items():
+            self._check_term(name, "`batches`")
             network = self.networks[name]
             for batch in several:
                 arguments = self._arguments(name, batch)
@@ -220,8 +222,21 @@ class FactorisedDiscriminator(nn.Module):
                 outputs[name].append(output)
         return outputs
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads parameters and buffers as any module; refuses another factorisation's.
+
+        Raises:
+            ValueError: If `strict` and the state dict is of other terms, with those that differ.
+        """
+        self._strict = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._strict = True
+
     def _log_ratios(self, x: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-        self.partition.batch_size(x)  # refuses what does not fit before any network sees it
         batches = {name: [self.partition.take(x, self._terms[name].parts)] for name in names}
         outputs = self.outputs(batches)
         return {name: self.objective.log_ratio(outputs[name][0]) for name in names}
@@ -234,6 +249,11 @@ class FactorisedDiscriminator(nn.Module):
         if name in self._inputs:
             changed = self._inputs[name](*arguments)
             arguments = changed if isinstance(changed, tuple) else (changed,)
+            if not all(isinstance(argument, Tensor) for argument in arguments):
+                raise TypeError(
+                    f"`inputs` of term {name!r} returns a tensor or a tuple of tensors, "
+                    f"but it returned a {type(changed).__name__}."
+                )
         return arguments
 
     def _evaluate(self, call: _Call) -> list[Tensor]:
@@ -347,21 +367,19 @@ def _without(term: Ratio) -> str:
 
 
 def _refuse_other_terms(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    module: FactorisedDiscriminator, state_dict: Mapping[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Refuses the state dict of another factorisation by the terms that differ.
-
-    Also with ``strict=False``, of which a hook is not told; a warm start loads the networks
-    one by one.
-    """
-    networks = module.get_submodule("networks")
+    """Refuses the state dict of another factorisation by the terms that differ."""
+    if not module._strict:
+        return
     start = f"{prefix}networks."
     # A term name has no dots, so it is what stands before the first one.
     saved = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
-    expected = {name for name, network in networks.named_children() if network.state_dict()}
+    # items, since named_children leaves out a network that serves a second term
+    expected = {name for name, network in module.networks.items() if network.state_dict()}
     if saved != expected:
         raise ValueError(
             "The state dict is of another factorisation: it lacks terms "
             f"{sorted(expected - saved)} and has {sorted(saved - expected)}, unknown here. "
-            "For a warm start load networks one by one: d.networks[term].load_state_dict(...)."
+            "For a warm start pass strict=False to the discriminator's own load_state_dict."
         )

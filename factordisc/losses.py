@@ -146,10 +146,13 @@ class DiscriminatorLoss(nn.Module):
             ValueError: If a batch does not fit the partition or is too small to combine rows
                 of; with `check_finite` if it holds NaN or infinite values.
         """
-        rows = self.rows(real, fake)
+        draw = self.rows
+        if torch.compiler.is_compiling():
+            # Not a decorator: that would import the compiler with this package.
+            draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
+        rows = draw(real, fake)
         return self.cost(rows, report=True) if report else self.cost(rows)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def rows(self, real: Observations | Batch, fake: Batch) -> dict[str, TermRows]:
         """Draws the rows of every term, without gradients: all that is random or missing.
 
@@ -194,13 +197,15 @@ class DiscriminatorLoss(nn.Module):
         """Evaluates the networks on rows that `rows` has drawn.
 
         Args:
-            rows: The rows of every term.
+            rows: The rows of every term, or of those that count.
             report: Also return how every term did.
 
         Returns:
             As the module itself.
         """
         d = self.discriminator
+        if not rows:
+            raise ValueError("`rows` expects the rows of at least one term, but got none.")
         if self.separate_batches:
             above = d.outputs({name: [term.numerator] for name, term in rows.items()})
             below = d.outputs({name: [term.denominator] for name, term in rows.items()})

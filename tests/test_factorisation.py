@@ -465,6 +465,10 @@ EQUAL = [shared("a"), shared("b", given="a")]
             r"Under shared\('a'\), shared\('b', given=\['a'\]\) p equals q",
             form_over("a", "b", assuming=EQUAL),
         ),
+        refuses(
+            r"Under shared\('a', 'b'\) p equals q",
+            lambda: Factorisation(["a", "b"], [changed(A, sign=0)], [shared("a", "b")]),
+        ),
         # Densities and ratios.
         refuses("A Density expects at least one part", lambda: p()),
         refuses("The parts of a Density expects every part once", lambda: p("a", "a")),

@@ -93,7 +93,7 @@ def test_fields_are_taken_apart_and_joined(form, as_array):
     partition = Partition.fields("image", "label")
     fields = (numbered(4, 3, 2), numbered(4, dtype=torch.int64))
     fields = tuple(field.numpy() for field in fields) if as_array else fields
-    x = form(zip(["image", "label"], fields, strict=True)) if form is dict else form(fields)
+    x = {"label": fields[1], "image": fields[0]} if form is dict else form(fields)
     parts = partition.split(x)
     assert tuple(parts) == ("image", "label")
     assert parts["image"] is fields[0]
@@ -243,6 +243,8 @@ X = torch.zeros(8, 2)
         ("'b' expects at least one index, but got none", lambda: indices([0], [])),
         (r"every name once, but got \('a', 'b', 'a'\)", lambda: Partition.fields("a", "b", "a")),
         ("expects 3 different names, but got 2", lambda: Partition.steps(3, names=["a", "b"])),
+        # Saying "2 different names, but got 2" would help nobody.
+        (r"2 different names, but got (?!2\.)", lambda: Partition.steps(2, names=["a", "b", "b"])),
         ("expects 2 different names, but got 1", lambda: Partition.steps(2, names=["a", "a"])),
         ("non-empty string, but got ''", lambda: Partition({"": 1, "b": 1})),
         (r"'a\.b' cannot name a part: '\.' separates", lambda: Partition.fields("a.b", "c")),

@@ -171,13 +171,14 @@ def test_a_side_from_several_batches_has_the_rows_of_the_smallest():
         assert len(part.unique()) == 5
 
 
-def test_blocks_of_one_batch_on_such_a_side_never_share_a_row():
-    real = Observations({("a", "b"): rows_of_indices(2, 9), "c": torch.arange(4)})
+@pytest.mark.parametrize("rows", [1, 4])
+def test_blocks_of_one_batch_on_such_a_side_never_share_a_row(rows):
+    real = Observations({("a", "b"): rows_of_indices(2, 9), "c": torch.arange(rows)})
     sampler = DependencySampler(ABC, torch.Generator().manual_seed(0))
     sources = {"p": real, "q": rows_of_indices(3, 4)}
     for _ in range(50):
         _, (a, b, c) = sampler.draw(term("qabc", "pa pb pc"), sources)
-        assert [len(part) for part in (a, b, c)] == [4, 4, 4]
+        assert [len(part) for part in (a, b, c)] == [rows] * 3
         assert (a != b).all()
 
 
