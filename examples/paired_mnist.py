@@ -112,9 +112,9 @@ def make_network(pixels: int) -> nn.Module:
     return nn.Sequential(
         nn.Flatten(),
         spectral_norm(nn.Linear(pixels, WIDTH)),
-        nn.LeakyReLU(),
+        nn.LeakyReLU(0.2),
         spectral_norm(nn.Linear(WIDTH, WIDTH)),
-        nn.LeakyReLU(),
+        nn.LeakyReLU(0.2),
         spectral_norm(nn.Linear(WIDTH, 1)),
     )
 
@@ -315,8 +315,9 @@ def load_classifier(
 ) -> tuple[DigitClassifier, float]:
     """Trains the classifier, or loads what an earlier run has trained for the same digits."""
     size = digits.images.shape[-1]
+    epochs = 20 if size == 28 else 200  # 1,297 digits make for short epochs
     path = folder / f"classifier{size}{'-smoke' if smoke else ''}.pt"
-    return get_classifier(path, digits, test, device, epochs=1 if smoke else 20)
+    return get_classifier(path, digits, test, device, epochs=1 if smoke else epochs)
 
 
 def sweep(

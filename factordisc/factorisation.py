@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,7 +77,7 @@ class Ratio:
 
     def __post_init__(self) -> None:
         check_key(self.name, "term")
-        if isinstance(self.sign, bool) or self.sign not in (-1, 0, 1):
+        if type(self.sign) is not int or self.sign not in (-1, 0, 1):
             raise ValueError(
                 f"Term {self.name!r} expects a sign of 1, -1 or 0, got {self.sign!r}."
             )
@@ -409,9 +409,8 @@ def _data(term: Ratio) -> str:
 class _Algebra:
     """Log densities of the subsets of the parts, under the assumptions."""
 
-    # Elimination decides what rewriting in one order cannot; past this many relations it
-    # gives up, and the sum counts as not proved.
-    MOST_RELATIONS = 2000
+    # How many sets a proof looks at for relations that rewriting alone does not see.
+    MOST_SYMBOLS = 1000
 
     def __init__(self, parts: Sequence[str], assuming: Iterable[Assumption]) -> None:
         if isinstance(parts, str):
@@ -486,15 +485,17 @@ class _Algebra:
     def target(self) -> int:
         """The parts that are left when those leave that are shared given all others."""
         left = (1 << len(self.parts)) - 1
-        for assumption in self.assuming:
-            if not isinstance(assumption, Shared):
-                continue
-            given = _mask(assumption.given, self.position)
-            if _between(given, left, given | _mask(assumption.agreed, self.position)):
-                left = given
-        if not left:
-            raise _nothing_to_learn(self.assuming)
-        return left
+        masks = [
+            (_mask(a.given, self.position), _mask(a.parts, self.position))
+            for a in self.assuming
+            if isinstance(a, Shared)
+        ]
+        while left:
+            given = next((b for b, both in masks if b != left and _between(b, left, both)), None)
+            if given is None:
+                return left
+            left = given
+        raise _nothing_to_learn(self.assuming)
 
     def dependencies(self, source: str, whole: int) -> list[Ratio]:
         """The dependency of a set, or of the sets into which independence splits it."""
@@ -559,13 +560,16 @@ class _Algebra:
         return total
 
     def is_zero(self, expression: Expression) -> bool:
-        return not self.normalised(expression) or self._eliminates(expression)
+        """Whether an expression is zero under the assumptions, as far as can be proved."""
+        residual = self.normalised(expression)
+        return not residual or self._follows(residual, expression)
 
-    def _eliminates(self, expression: Expression) -> bool:
-        """Decides by elimination, using every rule that applies and not only the first.
+    def _follows(self, residual: Expression, expression: Expression) -> bool:
+        """Decides what rewriting by the first rule cannot, where two rules apply to one symbol.
 
-        Two rules may rewrite one symbol in two ways whose equality is a relation of its own:
-        if p(a, b) = q(a, b) and a, b are independent under q, so they are under p.
+        Their results are equal, which is a relation of its own: if p(a, b) = q(a, b) and a, b are
+        independent under q, so they are under p. The residual follows if it is a combination of
+        such relations between normal forms, which Gaussian elimination decides.
         """
         pivots: dict[Symbol, dict[Symbol, Fraction]] = {}
 
@@ -582,24 +586,25 @@ class _Algebra:
                         del row[symbol]
             return None
 
-        open_symbols, seen, relations = list(expression), set(expression), 0
-        while open_symbols:
-            symbol = open_symbols.pop()
+        # Breadth first: the relations of the largest sets are those that the forms apply.
+        queue, seen = deque(expression), set(expression)
+        for _ in range(self.MOST_SYMBOLS):
+            if not queue:
+                break
+            symbol = queue.popleft()
             for rule in self.rules:
                 rewritten = rule(symbol)
                 if rewritten is None:
                     continue
-                relations += 1
-                if relations > self.MOST_RELATIONS:
-                    return False
-                open_symbols += [s for s in rewritten if s not in seen]
+                queue += [s for s in rewritten if s not in seen]
                 seen.update(rewritten)
-                row = {s: Fraction(-count) for s, count in rewritten.items()}
-                row[symbol] = row.get(symbol, Fraction(0)) + 1
+                relation = dict(self.normal(symbol))
+                _add(relation, self.normalised(rewritten), -1)
+                row = {s: Fraction(count) for s, count in relation.items()}
                 pivot = reduce(row)
                 if pivot is not None:
                     pivots[pivot] = {s: value / row[pivot] for s, value in row.items()}
-        return reduce({s: Fraction(count) for s, count in expression.items()}) is None
+        return reduce({s: Fraction(count) for s, count in residual.items()}) is None
 
     def prove(self, terms: Iterable[Ratio]) -> None:
         """Raises unless the signed sum of the terms is log p - log q of all parts."""
@@ -611,7 +616,7 @@ class _Algebra:
         for term in summed:
             _add(missing, self.expression(term), -term.sign)
         residual = self.normalised(missing)
-        if residual and not self._eliminates(missing):
+        if residual and not self._follows(residual, missing):
             raise ValueError(self._explain(residual))
 
     def _explain(self, residual: Expression) -> str:

@@ -185,9 +185,7 @@ class Partition:
         _check_integer(number, "The number of steps")
         names = [str(i + 1) for i in range(number)] if names is None else list(names)
         if len(names) != number or len(set(names)) != number:
-            raise ValueError(
-                f"Partition.steps expects {number} different names, but got {len(set(names))}."
-            )
+            raise ValueError(f"Partition.steps expects {number} different names, but got {names}.")
         return cls(dict.fromkeys(names, 1), dim)
 
     @classmethod

@@ -64,12 +64,14 @@ class Observations(Mapping[Pattern, Batch]):
         # The step's terms all ask for the same partition's view of these batches.
         self._seen: tuple[Partition, dict[tuple[str, ...], Observed]] | None = None
         given: Iterable[tuple[Any, Batch | None]] = [*dict(batches or {}).items(), *named.items()]
+        patterns: set[frozenset[str]] = set()
         for key, batch in given:
             names = _pattern_names(key)
-            if frozenset(names) in self._batches:
+            if frozenset(names) in patterns:
                 raise ValueError(
                     f"Observations expects every pattern once, but got {key!r} twice."
                 )
+            patterns.add(frozenset(names))
             if batch is not None:
                 pattern = names[0] if len(names) == 1 else names
                 self._batches[frozenset(names)] = (pattern, batch)

@@ -1,12 +1,15 @@
 """The example experiments: data, metrics and whole runs in small."""
 
+import functools
 import gzip
 import hashlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -121,6 +124,47 @@ def test_idx_files_that_are_missing_or_broken_are_refused(tmp_path):
     broken.write_bytes(b"<html>")
     with pytest.raises(ValueError, match="expects the IDX format"):
         digit_data.read_idx(broken)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A mirror of MNIST on this machine, of which one file has been tampered with."""
+    served, cache = tmp_path / "served", tmp_path / "cache"
+    served.mkdir()
+    hashes = {}
+    for name in digit_data.MNIST_FILES:
+        array = np.full((2, 28, 28) if "images" in name else 2, len(hashes), np.uint8)
+        header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        content = gzip.compress(header + array.tobytes())
+        hashes[name] = "md5:" + hashlib.md5(content).hexdigest()
+        (served / name).write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    monkeypatch.setattr(handler.func, "log_message", lambda *_: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(digit_data, "MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(digit_data, "MNIST_FILES", hashes)
+    monkeypatch.setattr(digit_data.pooch, "os_cache", lambda _: cache)
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def test_mnist_is_downloaded_once(mirror):
+    train, test = digit_data.mnist()
+    assert train.images.shape == (2, 28, 28)
+    assert test.labels.tolist() == [3, 3]
+    for file in mirror.iterdir():
+        file.unlink()
+    assert digit_data.mnist()[1].labels.tolist() == [3, 3]
+
+
+def test_a_download_with_another_hash_is_refused_and_not_kept(mirror):
+    name = "train-labels-idx1-ubyte.gz"
+    (mirror / name).write_bytes(gzip.compress(b"tampered"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"hash of downloaded file .*{name}"):
+            digit_data.mnist()
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST in ../shared/data")
