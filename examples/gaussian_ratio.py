@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 import tyro
-from support import figures
-from support.results import environment, table, write_json
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm.auto import tqdm
@@ -29,6 +27,8 @@ from factordisc import (
     ObservationLoader,
     Partition,
 )
+from support import figures
+from support.results import environment, table, write_json
 
 SIZE = 4  # dimensions of each part
 COLUMNS = {"model": "", "pairs": "", "seed": "", "correlation": ".3f", "error": ".3f"}
@@ -84,7 +84,10 @@ def learn(model: str, pairs: int, seed: int, settings: Settings) -> dict[str, An
         factorisation = Factorisation.flat(partition.names)
         for name in partition.names:
             datasets[name] = partition.take(p.sample((settings.singles,)), name)
-    networks = {t.name: make_network(len(t.parts) * SIZE, settings.width) for t in factorisation.terms}
+    networks = {
+        term.name: make_network(len(term.parts) * SIZE, settings.width)
+        for term in factorisation.terms
+    }
     d = FactorisedDiscriminator(partition, factorisation, networks)
     criterion = DiscriminatorLoss(d, DependencySampler(partition))
     optimiser = torch.optim.AdamW(d.parameters(), lr=settings.learning_rate, fused=True)

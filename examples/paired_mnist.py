@@ -15,7 +15,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -440,9 +440,10 @@ def demo(out: Path = Path("out/demo"), seed: int = 0, smoke: bool = False) -> No
     print(f"\nWritten to {out}: results.json, figure.png, samples.png")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     tyro.extras.subcommand_cli_from_dict(
         {"demo": demo, "train": train, "evaluate": evaluate, "sweep": sweep, "plot": plot},
+        args=arguments,
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )

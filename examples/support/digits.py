@@ -89,7 +89,8 @@ def read_idx(path: Path) -> np.ndarray:
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
     if values.size != np.prod(shape):
-        raise ValueError(f"{path} announces shape {tuple(shape.tolist())}, but holds {values.size} bytes.")
+        announced = tuple(shape.tolist())
+        raise ValueError(f"{path} announces shape {announced}, but holds {values.size} bytes.")
     return values.reshape(shape).copy()
 
 

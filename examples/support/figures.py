@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,11 +51,11 @@ def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -
     _save(figure, path)
 
 
-def _grid(images: Tensor, columns: int) -> Tensor:
+def _grid(images: Tensor, columns: int) -> np.ndarray:
     # a light frame of two pixels sets the samples apart
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.25)
     rows = framed.unflatten(0, (-1, columns))  # (R, C, H, W)
-    return rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    return rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).numpy()
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
