@@ -41,12 +41,21 @@ def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
     """Draws a grid of images (N, H, W) in [0, 1] per title, side by side."""
+    grids = {title: _grid(images.cpu(), columns) for title, images in samples.items()}
+    height, width = next(iter(grids.values())).shape
+    across = min(2, len(grids))
+    down = -(-len(grids) // across)
     figure, axes = plt.subplots(
-        1, len(samples), figsize=(3.6 * len(samples), 4.4), layout="constrained", squeeze=False
+        down,
+        across,
+        figsize=(6 * across, (6 * height / width + 0.3) * down),
+        layout="constrained",
+        squeeze=False,
     )
-    for axis, (title, images) in zip(axes[0], samples.items(), strict=True):
-        axis.imshow(_grid(images.cpu(), columns), cmap="gray_r", vmin=0, vmax=1)
+    for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
+        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(title)
+    for axis in axes.flat:
         axis.axis("off")
     _save(figure, path)
 
@@ -94,7 +103,7 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set(xscale="log", yscale="log" if key == "fid" else "linear")
             axis.set(xlabel="pairs n", ylabel=f"{label} (lower is better)")
             axis.set_title(f"lambda = {same}")
-            axis.grid(alpha=0.3, which="both")
+            axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     comparable = (
         "comparable" if pairing == "redrawn" else "not comparable: their pairs were redrawn"

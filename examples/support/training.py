@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -55,6 +56,8 @@ class Training:
         discriminator_updates: Updates of the discriminators for each of the generator.
         seed: Seeds the noise and the sampler.
         machine: The device and options of speed.
+        average: The decay of an exponential moving average of the generator's weights, which is
+            then what is scored and kept; 0 for none.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Training:
         discriminator_updates: int,
         seed: int,
         machine: Machine,
+        average: float = 0.0,
     ) -> None:
         self.device = torch.device(machine.device)
         self.machine = machine
@@ -83,6 +87,11 @@ class Training:
             "generator": torch.optim.Adam(generator.parameters(), fused=True, **adam),
             "discriminator": torch.optim.Adam(discriminator.parameters(), fused=True, **adam),
         }
+        self.averaged = (
+            AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(average), use_buffers=True)
+            if average
+            else None
+        )
         self.update = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -118,8 +127,15 @@ class Training:
         self.optimisers["generator"].zero_grad()
         loss.backward(inputs=list(self.generator.parameters()))
         self.optimisers["generator"].step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.generator)
         self.update += 1
         return {"terms": terms, "generator": loss.detach()} if report else {}
+
+    @property
+    def result(self) -> nn.Module:
+        """The generator that is scored and kept: the average, where there is one."""
+        return self.generator if self.averaged is None else self.averaged.module
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.bfloat16)
@@ -141,6 +157,8 @@ class Training:
         return {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "result": self.result.state_dict(),
             "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
             "loader": self.loader.state_dict(),
             "rng": self.rng.get_state(),
@@ -154,6 +172,8 @@ class Training:
         """Goes on exactly where the training was whose state this is."""
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         self.loader.load_state_dict(state["loader"])
@@ -251,7 +271,7 @@ class Run:
         return training.update >= updates
 
     def _score(self, writer: SummaryWriter) -> None:
-        generator = self.training.generator
+        generator = self.training.result
         generator.eval()
         scores = self.score(generator)
         generator.train()
