@@ -8,6 +8,7 @@ compared with the truth on held-out points, by correlation and mean absolute err
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Settings:
 
     singles: int = 10_000
     """Incomplete observations of each part."""
-    updates: int = 1500
-    batch_size: int = 256
+    updates: int = 2000
+    batch_size: int = 128
     learning_rate: float = 1e-3
     """Of AdamW, with its default weight decay of 0.01."""
     width: int = 64
@@ -109,12 +110,12 @@ def learn(model: str, pairs: int, seed: int, settings: Settings) -> dict[str, An
     }
 
 
-def main(
+def compare(
     settings: Settings = Settings(),
     pairs: tuple[int, ...] = (20, 50, 100, 200, 500, 1000),
     seeds: tuple[int, ...] = (0, 1, 2),
     out: Path = Path("out/gaussian_ratio"),
-) -> list[dict[str, Any]]:
+) -> None:
     """Trains both models for all numbers of pairs and seeds; draws and prints the comparison.
 
     Args:
@@ -128,8 +129,11 @@ def main(
     write_json(out / "results.json", {"rows": rows, **asdict(settings), **environment()})
     figures.draw_ratio_errors(rows, out / "figure.png")
     print(table(rows, COLUMNS))
-    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    tyro.cli(compare, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
+    main()

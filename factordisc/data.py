@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -229,9 +229,11 @@ class _Steps:
 
     def __init__(self, pools: Sequence[_Pool]) -> None:
         self.pools = pools
+        sources = [source for pool in pools for _, source in pool.sources]
+        self.transforms = not all(isinstance(s, (Tensor, TensorDataset)) for s in sources)
 
     def __getitem__(self, task: _Task) -> Observations:
-        with _seeded(task.seed):
+        with _seeded(task.seed) if self.transforms else nullcontext():
             return Observations(
                 {
                     pool.pattern: map_tensors(_own, pool.fetch(indices))
@@ -243,16 +245,18 @@ class _Steps:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seeds what transforms draw from, and leaves this process's generators as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - users' transforms draw from it
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - users' transforms draw from it
+    # Not torch.manual_seed, which also queues a call for every kind of device not yet in use.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _by_parts(

@@ -90,7 +90,7 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ):
             for model, colour in COLOURS.items():
                 chosen = [r for r in rows if r["lambda"] == same and r["model"] == model]
-                _draw_against_pairs(axis, chosen, key, model, colour)
+                _draw_against_pairs(axis, chosen, "paired", key, model, colour)
                 points = [r for r in published if r["lambda"] == str(same) and r["metric"] == key]
                 axis.plot(
                     [int(r["paired"]) for r in points],
@@ -113,14 +113,15 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _draw_against_pairs(
-    axis: plt.Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
+    axis: plt.Axes, rows: Sequence[Mapping[str, Any]], by: str, key: str, label: str, colour: str
 ) -> None:
-    numbers = sorted({row["paired"] for row in rows})
+    """Draws the mean over seeds and their range; a level line for what sees no pairs."""
+    numbers = sorted({row[by] for row in rows})
     if not numbers:
         return
-    values = [[row[key] for row in rows if row["paired"] == n] for n in numbers]
+    values = [[row[key] for row in rows if row[by] == n] for n in numbers]
     means = [sum(v) / len(v) for v in values]
-    if label == "factorgan-no-cp":  # it sees no pairs
+    if label == "factorgan-no-cp":
         axis.axhline(means[0], color=colour, label=label)
         return
     spread = [
@@ -135,3 +136,21 @@ def read_published(name: str) -> list[dict[str, str]]:
     path = Path(__file__).parent.parent / "published" / name
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     return list(csv.DictReader(lines))
+
+
+def draw_ratio_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws how well a joint and a factorised classifier recover a log ratio, against pairs."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    labels = {"correlation": "correlation with the truth", "error": "mean absolute error (nats)"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for model, colour in (("joint", COLOURS["gan"]), ("factorised", COLOURS["factorgan"])):
+            chosen = [row for row in rows if row["model"] == model]
+            _draw_against_pairs(axis, chosen, "pairs", key, model, colour)
+        axis.set(xscale="log", xlabel="complete observations (pairs)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[1].set_ylim(bottom=0)
+    axes[0].legend()
+    figure.suptitle(
+        "log p − log q of two Gaussians on held-out points (mean and range over seeds)"
+    )
+    _save(figure, path)
