@@ -8,6 +8,7 @@ compared with the truth on held-out points, by correlation and mean absolute err
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ def learn(model: str, pairs: int, seed: int, settings: Settings) -> dict[str, An
     d = FactorisedDiscriminator(partition, factorisation, networks)
     criterion = DiscriminatorLoss(d, DependencySampler(partition))
     optimiser = torch.optim.AdamW(d.parameters(), lr=settings.learning_rate, fused=True)
-    loader = iter(ObservationLoader(datasets, partition, min(settings.batch_size, pairs)))
+    with warnings.catch_warnings():
+        # Fewer pairs than a batch are what this script is about.
+        warnings.filterwarnings("ignore", message="There are .* fewer than the batch size")
+        loader = iter(ObservationLoader(datasets, partition, settings.batch_size))
     for _ in range(settings.updates):
         optimiser.zero_grad()
         criterion(next(loader), q.sample((settings.batch_size,))).backward()

@@ -21,6 +21,7 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import gaussian_ratio  # noqa: E402
 import paired_mnist  # noqa: E402
 from support import digits as digit_data  # noqa: E402
 from support import metrics  # noqa: E402
@@ -365,3 +366,16 @@ def test_options_of_speed_run(out, options, monkeypatch):
     monkeypatch.setattr(torch, "compile", eager)
     run("train", *TINY, *options, "--updates", 4, "--scorings", 1, "--out", out / "run")
     assert state_of(out / "run")["update"] == 4
+
+
+def test_gaussian_ratios_are_compared_and_drawn(tmp_path, capsys):
+    grid = ("--updates", 20, "--pairs", 20, 200, "--seeds", 0, "--held-out", 200)
+    gaussian_ratio.main([str(a) for a in (*grid, "--out", tmp_path)])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(r["model"], r["pairs"]) for r in rows] == [
+        ("joint", 20),
+        ("factorised", 20),
+        ("joint", 200),
+        ("factorised", 200),
+    ]
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
