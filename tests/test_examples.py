@@ -18,16 +18,14 @@ import pytest
 import scipy.linalg
 import torch
 
+import gaussian_ratio
+import paired_mnist
+from support import digits as digit_data
+from support import metrics
+from support.classifier import DigitClassifier
+from support.training import Machine
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import gaussian_ratio  # noqa: E402
-import paired_mnist  # noqa: E402
-from support import digits as digit_data  # noqa: E402
-from support import metrics  # noqa: E402
-from support.classifier import DigitClassifier  # noqa: E402
-from support.training import Machine  # noqa: E402
-
 MNIST = Path(__file__).parent.parent.parent / "shared" / "data" / "mnist"
 
 

@@ -1,14 +1,10 @@
 """The idea itself: a known log ratio, recovered from few complete and many incomplete samples."""
 
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import gaussian_ratio  # noqa: E402
+import gaussian_ratio
 
 
 @pytest.mark.slow
