@@ -213,6 +213,11 @@ def generate(generator: nn.Module, number: int, device: torch.device) -> Tensor:
     return torch.cat([generator(batch) for batch in noise.split(1000)])
 
 
+def draw_grid(generator: nn.Module) -> Any:
+    """A grid of 24 samples."""
+    return figures.grid(generate(generator, 24, next(generator.parameters()).device))
+
+
 def make_training(settings: Settings, train: Digits, machine: Machine) -> Training:
     """Puts the networks, the data and the optimisers of a run together."""
     size = train.images.shape[-1]
@@ -275,7 +280,7 @@ def train(
     scores = Scores(settings, test, classifier, device)
     training = make_training(settings, digits, machine)
     title = f"{settings.model}, {settings.paired} pairs"
-    run = Run(training, out, asdict(settings), scores, title)
+    run = Run(training, out, asdict(settings), scores, draw_grid, title)
     if run.checkpoint.exists() and not resume:
         raise SystemExit(f"{out} holds a run already. Pass --resume, or another --out.")
     run.resume()
@@ -428,9 +433,8 @@ def demo(out: Path = Path("out/demo"), seed: int = 0, smoke: bool = False) -> No
         chosen = replace(settings, model=model)
         training = make_training(chosen, digits, machine)
         with TemporaryDirectory() as folder:
-            if not Run(training, Path(folder), asdict(chosen), scores, model).train(
-                chosen.updates, chosen.scorings
-            ):
+            run = Run(training, Path(folder), asdict(chosen), scores, draw_grid, model)
+            if not run.train(chosen.updates, chosen.scorings):
                 raise SystemExit("Stopped.")
         rows.append(make_row(chosen, training.history[-1], accuracy, **training.summary()))
         samples[model] = generate(training.result.eval(), 24, torch.device("cpu"))

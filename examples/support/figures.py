@@ -41,7 +41,7 @@ def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
     """Draws a grid of images (N, H, W) in [0, 1] per title, side by side."""
-    grids = {title: _grid(images.cpu(), columns) for title, images in samples.items()}
+    grids = {title: grid(images.cpu(), columns) for title, images in samples.items()}
     height, width = next(iter(grids.values())).shape
     across = min(2, len(grids))
     down = -(-len(grids) // across)
@@ -52,15 +52,16 @@ def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -
         layout="constrained",
         squeeze=False,
     )
-    for axis, (title, grid) in zip(axes.flat, grids.items(), strict=False):
-        axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+    for axis, (title, image) in zip(axes.flat, grids.items(), strict=False):
+        axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(title)
     for axis in axes.flat:
         axis.axis("off")
     _save(figure, path)
 
 
-def _grid(images: Tensor, columns: int) -> np.ndarray:
+def grid(images: Tensor, columns: int = 12) -> np.ndarray:
+    """Lays images (N, H, W) out in rows, N a multiple of `columns`."""
     # a light frame of two pixels sets the samples apart
     framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.25)
     rows = framed.unflatten(0, (-1, columns))  # (R, C, H, W)

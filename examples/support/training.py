@@ -194,6 +194,7 @@ class Run:
         folder: Where checkpoint.pt and the event files go.
         settings: What the run is, as plain values; a checkpoint of other settings is refused.
         score: Measures the generator.
+        draw: Makes a grid of samples, with shape (H, W) in [0, 1], for TensorBoard.
         title: What the progress bar says.
         log_every: Updates between two entries in TensorBoard.
         checkpoint_minutes: Minutes between two checkpoints.
@@ -203,6 +204,7 @@ class Run:
     folder: Path
     settings: Mapping[str, Any]
     score: Callable[[nn.Module], Scores]
+    draw: Callable[[nn.Module], Any]
     title: str = ""
     log_every: int = 100
     checkpoint_minutes: float = 5.0
@@ -274,6 +276,7 @@ class Run:
         generator = self.training.result
         generator.eval()
         scores = self.score(generator)
+        writer.add_image("samples", self.draw(generator), self.training.update, dataformats="HW")
         generator.train()
         self.training.history.append({"update": self.training.update, **scores})
         for name, value in scores.items():
