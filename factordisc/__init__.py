@@ -6,7 +6,14 @@ using Factorised Discriminators", ICLR 2020, https://arxiv.org/abs/1905.12660
 
 from factordisc.data import ObservationLoader
 from factordisc.discriminator import FactorisedDiscriminator
-from factordisc.factorisation import Density, Factorisation, Ratio, independent, shared
+from factordisc.factorisation import (
+    Density,
+    Factorisation,
+    Ratio,
+    independent,
+    markov,
+    shared,
+)
 from factordisc.losses import DiscriminatorLoss, generator_loss
 from factordisc.objectives import Logistic
 from factordisc.partition import Partition
@@ -27,5 +34,6 @@ __all__ = [
     "Ratio",
     "generator_loss",
     "independent",
+    "markov",
     "shared",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol, TypeAlias
 
 from factordisc.partition import check_key, check_part_name
 
-__all__ = ["Density", "Factorisation", "Ratio", "independent", "shared"]
+__all__ = ["Density", "Factorisation", "Ratio", "independent", "markov", "shared"]
 
 SOURCES = ("p", "q")
 
@@ -19,6 +19,7 @@ SOURCES = ("p", "q")
 Symbol: TypeAlias = tuple[str, int]
 Expression: TypeAlias = dict[Symbol, int]
 Rule: TypeAlias = Callable[[Symbol], "Expression | None"]
+Tree: TypeAlias = "Mapping[str, Tree] | Sequence[str]"
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,47 @@ class Independent:
         return f"independent({blocks}{given}, under={self.under!r})"
 
 
+@dataclass(frozen=True)
+class Markov:
+    """Under one source the future depends on the past only through some steps. By `markov`."""
+
+    order: int
+    under: str
+    among: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.among
+
+    def rule(self, position: Mapping[str, int]) -> Rule:
+        steps = sorted(position[name] for name in self.among or position)
+        everything = sum(1 << step for step in steps)
+
+        def rewrite(symbol: Symbol) -> Expression | None:
+            source, parts = symbol
+            if source != self.under or parts & ~everything:
+                return None
+            # The last window that has a past and a future: what it leaves is known by then.
+            for i in range(len(steps) - self.order - 1, 0, -1):
+                window = sum(1 << step for step in steps[i : i + self.order])
+                past = parts & ((1 << steps[i]) - 1)
+                future = parts & ~window & ~past
+                if parts & window == window and past and future:
+                    return _expression(
+                        [
+                            (1, source, past | window),
+                            (1, source, window | future),
+                            (-1, source, window),
+                        ]
+                    )
+            return None
+
+        return rewrite
+
+    def __str__(self) -> str:
+        return f"markov(order={self.order}, under={self.under!r})"
+
+
 def shared(*parts: str, given: str | Iterable[str] = ()) -> Shared:
     r"""Assumes that p and q agree on some parts: :math:`p(A'|B) = q(A'|B)` for every A' in A.
 
@@ -243,6 +285,27 @@ def independent(
     _check_disjoint([*tuples, given], "independent")
     _check_source(under, "`under` of independent")
     return Independent(tuples, given, under)
+
+
+def markov(order: int, under: str) -> Markov:
+    r"""Assumes that the steps of a sequence form a Markov chain of some order under one source.
+
+    In the order of the parts, any `order` consecutive steps W separate the steps before them
+    from those after: for any sets P of steps before and F of steps after,
+    :math:`\log s(P, W, F) = \log s(P, W) + \log s(W, F) - \log s(W)`.
+
+    Args:
+        order: How many steps the future depends on; at least 1.
+        under: The source s of which it is assumed: "p", the data, or "q", the generator.
+
+    Example:
+        >>> print(markov(order=2, under="p"))
+        markov(order=2, under='p')
+    """
+    if type(order) is not int or order < 1:
+        raise ValueError(f"`order` of markov is an integer of at least 1, but got {order!r}.")
+    _check_source(under, "`under` of markov")
+    return Markov(order, under)
 
 
 class Factorisation:
@@ -315,7 +378,8 @@ class Factorisation:
             ['log p(a, b) − log q(a, b)']
         """
         algebra = _Algebra(parts, assuming)
-        return cls(algebra.parts, [algebra.marginal("joint", algebra.target())], algebra.assuming)
+        left = algebra.target(algebra.everything)
+        return cls(algebra.parts, [algebra.marginal("joint", left)], algebra.assuming)
 
     @classmethod
     def flat(cls, parts: Sequence[str], assuming: Iterable[Assumption] = ()) -> Factorisation:
@@ -338,14 +402,169 @@ class Factorisation:
             >>> [term.name for term in eq4.terms]
             ['map', 'p_dependency', 'q_dependency']
         """
+        return cls._grown(parts, [_Group(name) for name in parts], assuming)
+
+    @classmethod
+    def hierarchical(cls, tree: Tree, assuming: Iterable[Assumption] = ()) -> Factorisation:
+        """Builds flat forms within flat forms: the marginal of a group is factorised again.
+
+        Its dependencies combine groups, not parts, so they need complete observations of few
+        blocks; observations of a group train what is within it.
+
+        References:
+            Stoller et al. (2020), Eq. 7.
+
+        Args:
+            tree: A mapping from group names to trees or to sequences of part names, of any depth.
+                A group of one part is that part. `parts` is its order from left to right.
+            assuming: What is known about p and q; it removes terms as in `flat`, from the top
+                down.
+
+        Raises:
+            ValueError: If a group is empty or has the name of a part.
+
+        Example:
+            >>> tree = {"left": ["eye_l", "brow_l"], "right": ["eye_r", "brow_r"]}
+            >>> [term.name for term in Factorisation.hierarchical(tree).terms if "/" in term.name]
+            ['left/p_dependency', 'left/q_dependency', 'right/p_dependency', 'right/q_dependency']
+        """
+        groups = _read_tree(tree, "")
+        names = [name for group in groups for name in group.leaves()]
+        return cls._grown(names, groups, assuming)
+
+    @classmethod
+    def autoregressive(
+        cls, parts: Sequence[str], assuming: Iterable[Assumption] = ()
+    ) -> Factorisation:
+        """Builds the form in which every step has a dependency on all steps before it.
+
+        It is the flat form over the past and the last step, whose first marginal is replaced by
+        the same again. The group of the first i parts is called "x1:xi". With `markov` under a
+        source, the past in its dependencies is the last `order` steps.
+
+        References:
+            Stoller et al. (2020), Eq. 8.
+
+        Args:
+            parts: The names of the steps, in order.
+            assuming: What is known about p and q.
+
+        Example:
+            >>> chain = Factorisation.autoregressive(["x1", "x2", "x3"])
+            >>> [term.name for term in chain.terms if term.name.endswith("p_dependency")]
+            ['p_dependency', 'x1:x2/p_dependency']
+            >>> pair = ["x1", "x2"]
+            >>> Factorisation.autoregressive(pair) == Factorisation.flat(pair)
+            True
+        """
         algebra = _Algebra(parts, assuming)
-        whole = algebra.target()
-        singles = [1 << i for i in range(len(algebra.parts)) if whole >> i & 1]
-        marginals = [algebra.marginal(algebra.name_of(single), single) for single in singles]
-        terms = [term for term in marginals if not algebra.is_zero(algebra.expression(term))]
-        if len(singles) > 1:
-            terms += algebra.dependencies("p", whole) + algebra.dependencies("q", whole)
-        return cls(algebra.parts, terms, algebra.assuming)
+        steps = algebra.names(algebra.target(algebra.everything))
+        past = _Group(steps[0])
+        for step in steps[1:-1]:
+            past = _Group(f"{steps[0]}:{step}", (past, _Group(step)))
+        groups = [past, _Group(steps[-1])] if len(steps) > 1 else [past]
+        return cls(algebra.parts, algebra.form(groups, windows=True), algebra.assuming)
+
+    @classmethod
+    def causal(cls, parts: Sequence[str], prefixes: Iterable[int] = ()) -> Factorisation:
+        """Builds the joint form of a sequence, whose network gives a logit per step.
+
+        The network's `logit` sums over the steps. Sequences that were cut train it through
+        terms of sign 0, which the same network serves: they are not summed, and each averages
+        its two classes by itself, so lengths never enter the ratio.
+
+        References:
+            Stoller et al. (2020), Eq. 9.
+
+        Args:
+            parts: The names of the steps, in order.
+            prefixes: The numbers of steps of the observations that were cut.
+
+        Example:
+            >>> chain = Factorisation.causal(["x1", "x2", "x3"], prefixes=[2])
+            >>> [(term.name, term.sign) for term in chain.terms]
+            [('joint', 1), ('x1:x2', 0)]
+        """
+        algebra = _Algebra(parts, ())
+        terms = [algebra.marginal("joint", algebra.everything)]
+        for number in prefixes:
+            if type(number) is not int or not 0 < number < len(algebra.parts):
+                raise ValueError(
+                    f"`prefixes` are numbers of steps from 1 to {len(algebra.parts) - 1}, "
+                    f"but got {number!r}."
+                )
+            first, last = algebra.parts[0], algebra.parts[number - 1]
+            name = first if number == 1 else f"{first}:{last}"
+            marginal = algebra.marginal(name, (1 << number) - 1)
+            terms.append(replace(marginal, sign=0))
+        return cls(algebra.parts, terms)
+
+    @classmethod
+    def _grown(
+        cls, parts: Sequence[str], groups: Sequence[_Group], assuming: Iterable[Assumption]
+    ) -> Factorisation:
+        algebra = _Algebra(parts, assuming)
+        return cls(algebra.parts, algebra.form(groups), algebra.assuming)
+
+    def refine(self, group: str, other: Factorisation) -> Factorisation:
+        """Replaces the marginal of a group by a factorisation over the group's parts.
+
+        Args:
+            group: A part, which then stands for all parts of `other`; or the name of a term
+                that is the marginal of exactly these parts.
+            other: The factorisation of the group. Its assumptions are added.
+
+        Returns:
+            The refined factorisation. The dependencies of `other` are called
+            "group/p_dependency" and so on.
+
+        Raises:
+            ValueError: If there is no such marginal, or a part would have two meanings.
+
+        Example:
+            >>> top = Factorisation.flat(["left", "right"])
+            >>> left = Factorisation.flat(["eye", "brow"])
+            >>> tree = {"left": ["eye", "brow"], "right": ["right"]}
+            >>> top.refine("left", left) == Factorisation.hierarchical(tree)
+            True
+        """
+        expands: dict[str, tuple[str, ...]] = {name: (name,) for name in self.parts}
+        if group in self.parts:
+            expands[group] = other.parts
+        refined = [
+            term
+            for term in self.terms
+            if len(term.numerator) == len(term.denominator) == 1
+            and (term.numerator[0].source, term.denominator[0].source) == ("p", "q")
+            and (term.parts == (group,) if group in self.parts else term.name == group)
+        ]
+        if not refined or (group not in self.parts and set(refined[0].parts) != set(other.parts)):
+            raise ValueError(
+                f"There is no marginal of {group!r} over {other.parts} to refine; "
+                f"the terms are {tuple(term.name for term in self.terms)}."
+            )
+        prefix = "" if group == "joint" else f"{group}/"
+        terms: list[Ratio] = []
+        for term in self.terms:
+            if term is not refined[0]:
+                terms.append(
+                    replace(
+                        term,
+                        numerator=tuple(_expanded(d, expands) for d in term.numerator),
+                        denominator=tuple(_expanded(d, expands) for d in term.denominator),
+                    )
+                )
+                continue
+            for inner in other.terms:
+                name = group if inner.name == "joint" else inner.name
+                if name.endswith("_dependency") or "/" in name:
+                    name = prefix + name
+                terms.append(replace(inner, name=name, sign=inner.sign * term.sign))
+        parts = [inner for name in self.parts for inner in expands[name]]
+        assuming = [_bound(a, self.parts, expands) for a in self.assuming]
+        own: dict[str, tuple[str, ...]] = {name: (name,) for name in other.parts}
+        assuming += [_bound(a, other.parts, own) for a in other.assuming]
+        return Factorisation(parts, terms, assuming)
 
     def required_observations(self) -> tuple[tuple[str, ...], ...]:
         """Returns the sets of parts that p must provide together: the largest, in order.
@@ -406,6 +625,89 @@ def _data(term: Ratio) -> str:
     return "from " + " and ".join(f"({', '.join(parts)})" for parts in largest)
 
 
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """A node of the tree of a form: a group of units, or a part if it has none."""
+
+    name: str
+    units: tuple[_Group, ...] = ()
+
+    def leaves(self) -> list[str]:
+        if not self.units:
+            return [self.name]
+        return [leaf for unit in self.units for leaf in unit.leaves()]
+
+
+def _read_tree(tree: Tree, path: str) -> list[_Group]:
+    """Makes groups of a mapping or a sequence; a group of one part is that part."""
+    if isinstance(tree, str) or not isinstance(tree, (Mapping, Sequence)):
+        raise TypeError(
+            "A tree is a mapping from group names to trees, or a sequence of part names, "
+            f"but got {tree!r}."
+        )
+    if not isinstance(tree, Mapping):
+        for name in tree:
+            check_part_name(name)
+        return [_Group(name) for name in tree]
+    groups = []
+    for name, inner in tree.items():
+        check_part_name(name)
+        units = _read_tree(inner, f"{path}{name}/")
+        if not units:
+            raise ValueError(f"Group {path + name!r} expects at least one part, but got none.")
+        groups.append(units[0] if len(units) == 1 else _Group(path + name, tuple(units)))
+    parts = [leaf for group in groups for leaf in group.leaves()]
+    for group in groups:
+        if group.units and group.name.split("/")[-1] in parts:
+            raise ValueError(
+                f"Group {group.name!r} has the name of a part. Give the group another one."
+            )
+    return groups
+
+
+def _group_masks(top: _Group, position: Mapping[str, int]) -> dict[_Group, int]:
+    """The set of parts of every group, units before the groups they are in."""
+    order = [top]
+    masks: dict[_Group, int] = {}
+    for group in order:
+        order += group.units
+    for group in reversed(order):
+        if group.units:
+            masks[group] = sum(masks[unit] for unit in group.units)
+        else:
+            masks[group] = 1 << position[group.name]
+    return masks
+
+
+def _expanded(density: Density, expands: Mapping[str, tuple[str, ...]]) -> Density:
+    return Density(density.source, tuple(new for old in density.parts for new in expands[old]))
+
+
+def _bound(
+    assumption: Assumption, parts: tuple[str, ...], expands: Mapping[str, tuple[str, ...]]
+) -> Assumption:
+    """Says an assumption about the parts of a refined factorisation."""
+
+    def expanded(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new for old in names for new in expands[old])
+
+    if isinstance(assumption, Shared):
+        return Shared(expanded(assumption.agreed), expanded(assumption.given))
+    if isinstance(assumption, Independent):
+        blocks = tuple(expanded(block) for block in assumption.blocks)
+        return Independent(blocks, expanded(assumption.given), assumption.under)
+    if isinstance(assumption, Markov):
+        among = assumption.among or parts
+        for name in among:
+            if len(expands[name]) > 1:
+                raise ValueError(
+                    f"Step {name!r} cannot be refined under {assumption}: the steps within it "
+                    "would count as steps of the chain. State the independence of the blocks."
+                )
+        return Markov(assumption.order, assumption.under, expanded(among))
+    return assumption
+
+
 class _Algebra:
     """Log densities of the subsets of the parts, under the assumptions."""
 
@@ -424,13 +726,15 @@ class _Algebra:
                 f"but got {self.parts}."
             )
         self.position = {name: i for i, name in enumerate(self.parts)}
+        self.everything = (1 << len(self.parts)) - 1
         if not isinstance(assuming, Iterable):
             raise TypeError(f"`assuming` expects a list of assumptions, such as [{assuming}].")
         self.assuming = tuple(assuming)
         for assumption in self.assuming:
             if not hasattr(assumption, "rule"):
                 raise TypeError(
-                    f"`assuming` expects shared(...) or independent(...), but got {assumption!r}."
+                    "`assuming` expects shared(...), independent(...) or markov(...), "
+                    f"but got {assumption!r}."
                 )
             for name in assumption.parts:
                 if name not in self.position:
@@ -441,6 +745,11 @@ class _Algebra:
         splits = [a for a in self.assuming if not isinstance(a, Shared)]
         shares = [a for a in self.assuming if isinstance(a, Shared)]
         self.rules = [a.rule(self.position) for a in (*splits, *shares)]
+        # A marginal over any other part cannot be zero: let that part be independent under p,
+        # and its distribution under q is free.
+        self.agreed = 0
+        for share in shares:
+            self.agreed |= _mask(share.agreed, self.position)
         self.memo: dict[Symbol, Expression] = {}
 
     # --- names and masks ---
@@ -482,9 +791,9 @@ class _Algebra:
     def marginal(self, name: str, mask: int) -> Ratio:
         return Ratio(name, 1, (self.density("p", mask),), (self.density("q", mask),))
 
-    def target(self) -> int:
-        """The parts that are left when those leave that are shared given all others."""
-        left = (1 << len(self.parts)) - 1
+    def target(self, whole: int) -> int:
+        """The parts of a set that are left when those leave that are shared given all others."""
+        left = whole
         masks = [
             (_mask(a.given, self.position), _mask(a.parts, self.position))
             for a in self.assuming
@@ -497,19 +806,65 @@ class _Algebra:
             left = given
         raise _nothing_to_learn(self.assuming)
 
-    def dependencies(self, source: str, whole: int) -> list[Ratio]:
-        """The dependency of a set, or of the sets into which independence splits it."""
-        counts = self._split_dependency(source, whole)
+    def form(self, groups: Sequence[_Group], windows: bool = False) -> list[Ratio]:
+        """Builds the terms of a tree from the top down, under the assumptions.
+
+        Args:
+            groups: The groups (or parts) at the top.
+            windows: In every dependency of a group, restrict the past to the last steps of a
+                Markov assumption; the group is then the past and one step.
+        """
+        terms: list[Ratio] = []
+        queue = deque([_Group("", tuple(groups))])
+        masks = _group_masks(queue[0], self.position)
+        while queue:
+            group = queue.popleft()
+            left = self.target(masks[group])
+            units = [unit for unit in group.units if masks[unit] & left]
+            for unit in units:
+                mask = masks[unit] & left
+                # what is left of a group may be a group within it, or a part
+                while len(inner := [u for u in unit.units if masks[u] & mask]) == 1:
+                    unit = inner[0]
+                single = not unit.units
+                marginal = self.marginal(self.name_of(mask) if single else unit.name, mask)
+                if not mask & ~self.agreed and self.is_zero(self.expression(marginal)):
+                    continue
+                if single:
+                    terms.append(marginal)
+                else:
+                    queue.append(unit)
+                    masks[unit] = mask
+            unit_masks = [masks[unit] & left for unit in units]
+            for source in SOURCES:
+                window = self.window(source, unit_masks) if windows else left
+                terms += self.dependencies(source, window, unit_masks, group.name)
+        return terms
+
+    def window(self, source: str, units: Sequence[int]) -> int:
+        """The last step and those before it on which it depends under a Markov assumption."""
+        whole = sum(units)
+        last = units[-1].bit_length() - 1
+        for assumption in self.assuming:
+            if isinstance(assumption, Markov) and assumption.under == source:
+                first = last - assumption.order
+                window = (1 << (last + 1)) - (1 << first) if first >= 0 else 0
+                if window and whole & window == window:
+                    return window
+        return whole
+
+    def dependencies(
+        self, source: str, whole: int, units: Sequence[int], group: str
+    ) -> list[Ratio]:
+        """The dependency between units, or those of the sets into which independence splits it."""
         sign = 1 if source == "p" else -1
         terms = []
-        for mask, count in counts.items():
-            name = f"{source}_dependency"
-            if mask != whole:
-                name = f"{self.name_of(mask)}/{name}"
+        for mask, count in self._split_dependency(source, whole, units).items():
+            path = [group] if group else []
+            path += [self.name_of(mask)] if mask != whole else []
+            name = "/".join([*path, f"{source}_dependency"])
             numerator = (self.density(source, mask),)
-            denominator = tuple(
-                self.density(source, 1 << i) for i in range(len(self.parts)) if mask >> i & 1
-            )
+            denominator = tuple(self.density(source, u & mask) for u in units if u & mask)
             # A sign is one unit: what counts twice is two terms (nested conditional
             # independence given two or more parts).
             for i in range(abs(count)):
@@ -519,21 +874,29 @@ class _Algebra:
                 )
         return terms
 
-    def _split_dependency(self, source: str, mask: int) -> Counter[int]:
-        if not mask & (mask - 1):  # one part depends on nothing
+    def _split_dependency(self, source: str, mask: int, units: Sequence[int]) -> Counter[int]:
+        pieces = [unit & mask for unit in units if unit & mask]
+        if len(pieces) < 2:  # one unit depends on nothing
             return Counter()
         for assumption in self.assuming:
             if not isinstance(assumption, Independent):
                 continue
             met = assumption.met((source, mask), self.position)
-            if met is not None:
-                given, blocks = met
-                counts: Counter[int] = Counter()
-                for block in blocks:
-                    counts.update(self._split_dependency(source, block | given))
-                for part, count in self._split_dependency(source, given).items():
-                    counts[part] -= count * (len(blocks) - 1)
-                return counts
+            if met is None:
+                continue
+            given, blocks = met
+            # A unit that lies in several blocks must split with them.
+            if not all(
+                unit & given == given or any(not unit & ~(block | given) for block in blocks)
+                for unit in pieces
+            ):
+                continue
+            counts: Counter[int] = Counter()
+            for block in blocks:
+                counts.update(self._split_dependency(source, block | given, units))
+            for part, count in self._split_dependency(source, given, units).items():
+                counts[part] -= count * (len(blocks) - 1)
+            return counts
         return Counter({mask: 1})
 
     # --- proof ---
@@ -608,8 +971,7 @@ class _Algebra:
 
     def prove(self, terms: Iterable[Ratio]) -> None:
         """Raises unless the signed sum of the terms is log p - log q of all parts."""
-        everything = (1 << len(self.parts)) - 1
-        missing: Expression = {("p", everything): 1, ("q", everything): -1}
+        missing: Expression = {("p", self.everything): 1, ("q", self.everything): -1}
         summed = [term for term in terms if term.sign]
         if not summed and self.is_zero(missing):
             raise _nothing_to_learn(self.assuming)

@@ -21,6 +21,7 @@ NAMES = [
     "Ratio",
     "generator_loss",
     "independent",
+    "markov",
     "shared",
 ]
 

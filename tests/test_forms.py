@@ -1,0 +1,265 @@
+"""Hierarchical, autoregressive and causal forms: compositions of the flat one, proved exact."""
+
+import numpy as np
+import problems
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from factordisc import Density, Factorisation, Ratio, independent, markov, shared
+
+CLAIM = problems.Claim
+NOTHING_LEFT = "p equals q"
+
+
+def assert_exact(factorisation, problem, atol=1e-10):
+    """The terms with exact sub-ratios give the log ratio, an identity but for rounding."""
+    x = problem.cells()
+    total = problem.log_sum(factorisation.terms, x)
+    assert_close(total, problem.log_ratio(x), rtol=0, atol=atol)
+
+
+def random_tree(names, draw, depth=4):
+    """Draws a tree over names, of any depth up to `depth` and uneven."""
+    if depth == 1 or len(names) < 3 or draw(st.booleans()):
+        return list(names)
+    cuts = sorted(draw(st.sets(st.integers(1, len(names) - 1), min_size=1, max_size=3)))
+    pieces = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)], strict=True)]
+    return {f"g{i}": random_tree(piece, draw, depth - 1) for i, piece in enumerate(pieces)}
+
+
+@st.composite
+def claims(draw, names):
+    """Draws an assumption about some of the names."""
+    order = draw(st.permutations(names))
+    number = draw(st.integers(1, len(names)))
+    chosen, rest = order[:number], order[number:]
+    conditional = draw(st.integers(0, min(2, len(rest))))
+    if number == 1 or draw(st.booleans()):
+        return CLAIM((tuple(chosen),), tuple(rest[:conditional]))
+    cut = draw(st.integers(1, number - 1))
+    groups = (tuple(chosen[:cut]), tuple(chosen[cut:]))
+    return CLAIM(groups, tuple(rest[:conditional]), draw(st.sampled_from(["p", "q"])))
+
+
+@given(data=st.data(), seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=150)
+def test_random_trees_and_orders_under_random_assumptions_give_the_log_ratio(data, seed):
+    number = data.draw(st.integers(2, 6))
+    names = data.draw(st.permutations([f"x{i}" for i in range(number)]))
+    cardinalities = {name: 2 + (i % 2) for i, name in enumerate(names)}
+    wanted = data.draw(st.lists(claims(names), max_size=3))
+    problem, held = problems.DiscreteTables.obeying(wanted, cardinalities, seed)
+    assuming = [claim.assumption for claim in held]
+    tree = random_tree(names, data.draw)
+    for make in (
+        lambda: Factorisation.hierarchical(tree, assuming),
+        lambda: Factorisation.autoregressive(names, assuming),
+    ):
+        try:
+            factorisation = make()
+        except ValueError as error:
+            assert NOTHING_LEFT in str(error)  # noqa: PT017 - allowed, not expected
+            x = problem.cells()
+            assert_close(problem.log_ratio(x), 0 * problem.log_ratio(x), rtol=0, atol=1e-10)
+        else:
+            assert factorisation.parts == tuple(names)
+            assert_exact(factorisation, problem)
+
+
+def chain_table(rng, cardinality, steps, order):
+    """A joint table of a Markov chain: a product of random conditionals."""
+    table = np.ones((cardinality,) * steps)
+    for i in range(steps):
+        seen = range(max(0, i - order), i + 1)
+        shape = tuple(cardinality if j in seen else 1 for j in range(steps))
+        conditional = rng.dirichlet(np.ones(cardinality), size=cardinality ** (len(seen) - 1))
+        table = table * conditional.reshape(shape)
+    return table
+
+
+@given(
+    steps=st.integers(2, 6),
+    order=st.integers(1, 3),
+    sources=st.sets(st.sampled_from(["p", "q"]), min_size=1),
+    seed=st.integers(0, 10_000),
+)
+@settings(deadline=None, max_examples=60)
+def test_windows_of_markov_chains_give_the_log_ratio(steps, order, sources, seed):
+    rng = np.random.default_rng(seed)
+    names = tuple(f"x{i}" for i in range(steps))
+    tables = {s: chain_table(rng, 2, steps, order if s in sources else steps) for s in ("p", "q")}
+    problem = problems.DiscreteTables(names, tables)
+    assuming = [markov(order, under=source) for source in sorted(sources)]
+    factorisation = Factorisation.autoregressive(names, assuming)
+    # rounding is relative to the logarithm of rare cells
+    assert_exact(factorisation, problem, atol=1e-9)
+    for term in factorisation.terms:
+        if term.numerator[0].source in sources and len(term.denominator) > 1:
+            assert len(term.parts) <= order + 1
+    assert_exact(Factorisation.hierarchical({"a": names[:1], "b": names[1:]}, assuming), problem)
+
+
+def test_degenerate_forms_are_the_flat_one():
+    names = ["a", "b", "c"]
+    flat = Factorisation.flat(names)
+    assert Factorisation.hierarchical(names) == flat
+    assert Factorisation.hierarchical({name: [name] for name in names}) == flat
+    assert Factorisation.hierarchical({"all": names}) == flat
+    assert Factorisation.autoregressive(["a", "b"]) == Factorisation.flat(["a", "b"])
+    assert Factorisation.joint(names).refine("joint", flat) == flat
+    assert Factorisation.causal(names) == Factorisation.joint(names)
+
+
+TREE = {"left": {"eye": ["a", "b"], "brow": ["c", "d"]}, "right": ["e", "f"], "chin": ["g"]}
+
+
+def test_refining_by_hand_is_the_hierarchy():
+    top = Factorisation.flat(["left", "right", "g"])
+    left = Factorisation.flat(["eye", "brow"]).refine("eye", Factorisation.flat(["a", "b"]))
+    left = left.refine("brow", Factorisation.flat(["c", "d"]))
+    by_hand = top.refine("left", left).refine("right", Factorisation.flat(["e", "f"]))
+    hierarchy = Factorisation.hierarchical(TREE)
+    assert by_hand == hierarchy
+    assert {t.name for t in by_hand.terms} == {t.name for t in hierarchy.terms}
+
+
+def test_terms_are_called_by_the_path_of_their_group():
+    names = [term.name for term in Factorisation.hierarchical(TREE).terms]
+    dependencies = {"", "left/", "left/eye/", "left/brow/", "right/"}
+    expected = {f"{path}{s}_dependency" for path in dependencies for s in "pq"}
+    assert set(names) == expected | set("abcdefg")
+    chain = Factorisation.autoregressive(["x1", "x2", "x3", "x4"])
+    groups = {"", "x1:x2/", "x1:x3/"}
+    expected = {f"{group}{s}_dependency" for group in groups for s in "pq"}
+    assert {term.name for term in chain.terms} == expected | {"x1", "x2", "x3", "x4"}
+
+
+def test_assumptions_refine_with_their_parts():
+    top = Factorisation.flat(["m", "s"], assuming=[independent("m", "s", under="p")])
+    refined = top.refine("m", Factorisation.flat(["a", "b"], assuming=[shared("a")]))
+    assert [str(a) for a in refined.assuming] == [
+        "independent(('a', 'b'), 's', under='p')",
+        "shared('a')",
+    ]
+    claim = independent(("a", "b"), "s", under="p")
+    tree = {"m": ["a", "b"], "s": ["s"]}
+    assert refined == Factorisation.hierarchical(tree, assuming=[claim, shared("a")])
+
+
+def test_an_assumption_within_a_group_splits_the_groups_dependency():
+    tree = {"left": ["a", "b", "c"], "right": ["d"]}
+    claim = independent("a", ("b", "c"), under="p")
+    names = [term.name for term in Factorisation.hierarchical(tree, assuming=[claim]).terms]
+    assert "left/b+c/p_dependency" in names
+    assert "left/p_dependency" not in names
+
+
+def test_a_hierarchy_combines_groups_where_flat_combines_parts():
+    names = [f"x{i}" for i in range(8)]
+    tree = {f"g{i}": names[2 * i : 2 * i + 2] for i in range(4)}
+    blocks = [len(term.denominator) for term in Factorisation.hierarchical(tree).terms]
+    assert max(blocks) == 4
+    assert max(len(term.denominator) for term in Factorisation.flat(names).terms) == 8
+
+
+def test_prefixes_are_trained_but_not_summed():
+    chain = Factorisation.causal(["x1", "x2", "x3"], prefixes=[1, 2])
+    assert [(t.name, t.sign, t.parts) for t in chain.terms] == [
+        ("joint", 1, ("x1", "x2", "x3")),
+        ("x1", 0, ("x1",)),
+        ("x1:x2", 0, ("x1", "x2")),
+    ]
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_form_without_one_of_its_terms_is_refused(data):
+    names = [f"x{i}" for i in range(data.draw(st.integers(3, 6)))]
+    form = data.draw(
+        st.sampled_from(
+            [
+                Factorisation.hierarchical(random_tree(names, data.draw)),
+                Factorisation.autoregressive(names),
+                Factorisation.autoregressive(names, assuming=[markov(1, under="p")]),
+            ]
+        )
+    )
+    dropped = data.draw(st.sampled_from(form.terms))
+    terms = [term for term in form.terms if term is not dropped]
+    with pytest.raises(ValueError, match="missing: "):
+        Factorisation(names, terms, form.assuming)
+
+
+def test_a_window_too_small_for_the_chain_is_refused():
+    names = ["x1", "x2", "x3", "x4"]
+    short = Factorisation.autoregressive(names, assuming=[markov(1, under="p")])
+    with pytest.raises(ValueError, match="missing: "):
+        Factorisation(names, short.terms, [markov(2, under="p")])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Factorisation.hierarchical("ab"), TypeError, "A tree is a mapping"),
+        (lambda: Factorisation.hierarchical({"g": 3}), TypeError, "but got 3"),
+        (lambda: Factorisation.hierarchical({"g": []}), ValueError, "Group 'g' expects at least"),
+        (
+            lambda: Factorisation.hierarchical({"a": ["b", "c"], "g": ["a", "d"]}),
+            ValueError,
+            "Group 'a' has the name of a part",
+        ),
+        (
+            lambda: Factorisation.hierarchical({"g": ["a", "b"], "h": ["b", "c"]}),
+            ValueError,
+            "different names",
+        ),
+        (lambda: Factorisation.hierarchical({"g/h": ["a", "b"]}), ValueError, "'/' separates"),
+        (lambda: markov(0, under="p"), ValueError, "`order` of markov is an integer"),
+        (lambda: markov(2, under="r"), ValueError, r"one of \('p', 'q'\), but got 'r'"),
+        (
+            lambda: Factorisation.causal(["a", "b"], prefixes=[2]),
+            ValueError,
+            "numbers of steps from 1 to 1, but got 2",
+        ),
+        (
+            lambda: Factorisation.flat(["a", "b"]).refine("c", Factorisation.flat(["d", "e"])),
+            ValueError,
+            "no marginal of 'c'",
+        ),
+        (
+            lambda: Factorisation.flat(["a", "b"], assuming=[shared("a")]).refine(
+                "a", Factorisation.flat(["d", "e"])
+            ),
+            ValueError,
+            "no marginal of 'a'",
+        ),
+        (
+            lambda: Factorisation.autoregressive(
+                ["a", "b", "c"], assuming=[markov(1, under="p")]
+            ).refine("a", Factorisation.flat(["d", "e"])),
+            ValueError,
+            "cannot be refined under markov",
+        ),
+    ],
+)
+def test_what_is_no_form_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_part_that_is_refined_in_a_chain_of_another_group_leaves_the_chain_alone():
+    # The chain is among its own parts: nothing is assumed of the other group's order.
+    chain = Factorisation.autoregressive(["x", "y", "z"], assuming=[markov(1, under="p")])
+    both = Factorisation.flat(["s", "t"]).refine("t", chain)
+    assert both.parts == ("s", "x", "y", "z")
+    # had the chain taken s for its first step, s and z would be independent given x, y
+    window = Ratio(
+        "w",
+        1,
+        [Density("p", ("s", "x", "y")), Density("p", ("z",))],
+        [Density("p", ("s", "x", "y", "z"))],
+    )
+    with pytest.raises(ValueError, match="missing"):
+        Factorisation(both.parts, [*both.terms, window], both.assuming)
