@@ -312,4 +312,4 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _derived(*numbers: int) -> int:
     """Returns a seed that differs, as good as independently, for different numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
