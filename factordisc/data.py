@@ -307,7 +307,7 @@ def _collate(source: Source, indices: Tensor) -> Batch:
 
 def _own(tensor: Tensor) -> Tensor:
     """Gives a crop memory of its own, so that a worker does not send what was cut away."""
-    return tensor.contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _derived(*numbers: int) -> int:

@@ -822,20 +822,15 @@ class _Algebra:
             left = self.target(masks[group])
             units = [unit for unit in group.units if masks[unit] & left]
             for unit in units:
-                mask = masks[unit] & left
-                # what is left of a group may be a group within it, or a part
-                while len(inner := [u for u in unit.units if masks[u] & mask]) == 1:
-                    unit = inner[0]
-                single = not unit.units
-                marginal = self.marginal(self.name_of(mask) if single else unit.name, mask)
-                if not mask & ~self.agreed and self.is_zero(self.expression(marginal)):
+                masks[unit] &= left
+                p, q = ("p", masks[unit]), ("q", masks[unit])
+                if not masks[unit] & ~self.agreed and self.is_zero({p: 1, q: -1}):
                     continue
-                if single:
-                    terms.append(marginal)
-                else:
+                if unit.units:
                     queue.append(unit)
-                    masks[unit] = mask
-            unit_masks = [masks[unit] & left for unit in units]
+                else:
+                    terms.append(self.marginal(unit.name, masks[unit]))
+            unit_masks = [masks[unit] for unit in units]
             for source in SOURCES:
                 window = self.window(source, unit_masks) if windows else left
                 terms += self.dependencies(source, window, unit_masks, group.name)

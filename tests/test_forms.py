@@ -254,12 +254,34 @@ def test_a_part_that_is_refined_in_a_chain_of_another_group_leaves_the_chain_alo
     chain = Factorisation.autoregressive(["x", "y", "z"], assuming=[markov(1, under="p")])
     both = Factorisation.flat(["s", "t"]).refine("t", chain)
     assert both.parts == ("s", "x", "y", "z")
-    # had the chain taken s for its first step, s and z would be independent given x, y
-    window = Ratio(
-        "w",
-        1,
-        [Density("p", ("s", "x", "y")), Density("p", ("z",))],
-        [Density("p", ("s", "x", "y", "z"))],
-    )
+
+    # These two terms cancel if s is the chain's first step, and only then.
+    def p(*parts):
+        return Density("p", parts)
+
+    cancel = [
+        Ratio("one", 1, [p("s", "x", "y"), p("z")], [p("s", "x", "y", "z")]),
+        Ratio("two", 1, [p("y", "z")], [p("y"), p("z")]),
+    ]
     with pytest.raises(ValueError, match="missing"):
-        Factorisation(both.parts, [*both.terms, window], both.assuming)
+        Factorisation(both.parts, [*both.terms, *cancel], both.assuming)
+    Factorisation(both.parts, [*both.terms, *cancel], [markov(1, under="p")])
+
+
+def test_a_chain_under_one_source_says_nothing_of_the_other():
+    names = ["x1", "x2", "x3"]
+    chains = [markov(1, under="p"), markov(1, under="q")]
+    both = Factorisation.autoregressive(names, assuming=chains)
+    for chain in chains:
+        with pytest.raises(ValueError, match="missing: "):
+            Factorisation(names, both.terms, [chain])
+
+
+def test_a_part_that_is_known_given_the_others_leaves_the_tree():
+    tree = {"x": ["m", "a"], "v": ["v", "w"]}
+    claim = shared("m", given=["a", "v", "w"])
+    form = Factorisation.hierarchical(tree, assuming=[claim])
+    expected = Factorisation.hierarchical({"x": ["a"], "v": ["v", "w"]})
+    assert {(t.name, t.parts) for t in form.terms} == {(t.name, t.parts) for t in expected.terms}
+    within = Factorisation.hierarchical(tree, assuming=[shared("m", given="a")])
+    assert "x/p_dependency" not in [term.name for term in within.terms]
