@@ -364,7 +364,7 @@ def sweep(
         for seed, same, n, model in product(seeds, lambdas, pairs, models)
         if model != "factorgan-no-cp" or n == pairs[0]
     ]
-    todo = [run for run in grid if not (folder_of(run, out) / "result.json").exists()]
+    todo = [run for run in grid if not is_finished(run, folder_of(run, out))]
     print(f"{len(grid) - len(todo)} of {len(grid)} runs are finished.")
 
     def launch(run: Settings) -> int:
@@ -391,6 +391,12 @@ def sweep(
     plot(out)
     if failed:
         raise SystemExit("Failed, see log.txt in: " + ", ".join(map(str, failed)))
+
+
+def is_finished(run: Settings, folder: Path) -> bool:
+    """Whether a run has all its updates; one that has fewer can go on."""
+    result = folder / "result.json"
+    return result.exists() and read_rows([result])[0]["updates"] >= run.updates
 
 
 def folder_of(run: Settings, out: Path) -> Path:
