@@ -163,6 +163,8 @@ class DiscriminatorLoss(nn.Module):
         Returns:
             By term, the rows of its two sides and its weight: 1, or 0 if data lack for it.
         """
+        # detach: the update must not reach the generator
+        fake = map_tensors(Tensor.detach, fake)
         sources = {"p": as_observations(real), "q": as_observations(fake)}
         if self.check_finite:
             for source, observations in sources.items():
@@ -266,7 +268,7 @@ def _settled(rows: Tensor) -> Tensor:
 
     A graph is guarded by the strides of its inputs and by which of them are one object.
     """
-    rows = rows.detach()  # also since the update must not reach the generator
+    rows = rows.detach()  # an object of its own
     dense = rows.is_contiguous() or (
         rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
     )

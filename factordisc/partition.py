@@ -272,6 +272,27 @@ class Partition:
         """
         return self._layout.take(self._layout.normalise(x), self.ordered(names))
 
+    def recombine(self, x: Batch, orders: Mapping[str, Tensor]) -> Array | tuple[Array, ...]:
+        """Makes rows whose parts come from different observations.
+
+        Args:
+            x: A batch of N whole observations.
+            orders: For every part the numbers of the observations that give it, row by row:
+                int64, all of one shape (M,).
+
+        Returns:
+            M rows: one tensor, or for fields a tuple in the order of the parts.
+
+        Example:
+            >>> x = torch.tensor([[0, 10], [1, 11]])
+            >>> orders = {"a": torch.tensor([0, 1]), "b": torch.tensor([1, 0])}
+            >>> Partition({"a": 1, "b": 1}).recombine(x, orders)
+            tensor([[ 0, 11],
+                    [ 1, 10]])
+        """
+        _check_same_names(self, self.names, orders)
+        return self._layout.recombine(self._layout.normalise(x), orders)
+
     def restrict(self, names: str | Iterable[str]) -> Partition:
         """Returns the partition of what `take` gives for these parts: one part is allowed.
 
@@ -338,6 +359,7 @@ class _Layout(Protocol):
     def split(self, x: Any) -> dict[str, Array]: ...
     def join(self, parts: Mapping[str, Array]) -> Array | tuple[Array, ...]: ...
     def take(self, x: Any, names: tuple[str, ...]) -> Array | tuple[Array, ...]: ...
+    def recombine(self, x: Any, orders: Mapping[str, Tensor]) -> Array | tuple[Array, ...]: ...
     def restrict(self, names: tuple[str, ...]) -> _Layout: ...
 
 
@@ -382,6 +404,9 @@ class _Along(ABC):
 
     @abstractmethod
     def join(self, parts: Mapping[str, Array]) -> Array: ...
+
+    def recombine(self, x: Array, orders: Mapping[str, Tensor]) -> Array:
+        return self.join({n: _select_rows(self.take(x, (n,)), orders[n]) for n in self.names})
 
     def concatenate(self, parts: Mapping[str, Array], sizes: Mapping[str, int]) -> Array:
         """Checks the parts' shapes and puts them side by side, in the order of the names."""
@@ -438,6 +463,23 @@ class _Slices(_Along):
 
     def join(self, parts: Mapping[str, Array]) -> Array:
         return self.concatenate(parts, self.sizes)
+
+    def recombine(self, x: Array, orders: Mapping[str, Tensor]) -> Array:
+        if isinstance(x, np.ndarray) or x.requires_grad:
+            return super().recombine(x, orders)
+        # Straight into the result: half the time of parts that are concatenated afterwards.
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        rows = torch.empty(
+            (len(orders[self.names[0]]), *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
+        for name in self.names:
+            part, place = self.take(x, (name,)), self.take(rows, (name,))
+            order = orders[name].to(x.device, non_blocking=True)
+            torch.index_select(cast(Tensor, part), 0, order, out=cast(Tensor, place))
+        return rows
 
     def restrict(self, names: tuple[str, ...]) -> _Slices:
         return _Slices({name: self.sizes[name] for name in names}, self.dim)
@@ -550,6 +592,11 @@ class _Fields:
         taken = tuple(array for name, array in self.split(x).items() if name in names)
         return taken[0] if len(taken) == 1 else taken
 
+    def recombine(
+        self, x: tuple[Array, ...], orders: Mapping[str, Tensor]
+    ) -> Array | tuple[Array, ...]:
+        return self.join({n: _select_rows(a, orders[n]) for n, a in self.split(x).items()})
+
     def restrict(self, names: tuple[str, ...]) -> _Fields:
         return _Fields(names)
 
@@ -558,6 +605,12 @@ def _narrow(x: Array, axis: int, start: int, stop: int) -> Array:
     if isinstance(x, np.ndarray):
         return x[(slice(None),) * axis + (slice(start, stop),)]
     return x.narrow(axis, start, stop - start)
+
+
+def _select_rows(array: Array, order: Tensor) -> Array:
+    if isinstance(array, np.ndarray):
+        return np.take(array, order.numpy(), axis=0)
+    return array.index_select(0, order.to(array.device, non_blocking=True))
 
 
 def _kind(x: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -245,8 +244,7 @@ class DependencySampler:
         """
         whole = Observed(self.partition, x, self.partition.batch_size(x))
         blocks = [(name,) for name in self.partition.names]
-        parts = self._combine(whole, blocks, whole.size, "The sampler")
-        return self._assemble([whole], parts)
+        return self._combine(whole, blocks, whole.size, "The sampler")
 
     def draw(
         self, term: Ratio, sources: Mapping[str, Observations | Batch]
@@ -303,10 +301,17 @@ class DependencySampler:
         if len(groups) == 1 and len(densities) == 1:
             return self._cut(groups[0][0], densities[0].parts)
         rows = min(batch.size for batch, _ in groups)
+        who = f"The {side} of term {term.name!r}"
+        drawn = [self._combine(batch, blocks, rows, who) for batch, blocks in groups]
+        if len(groups) == 1:
+            return drawn[0]
         parts: dict[str, Array] = {}
-        for batch, blocks in groups:
-            parts |= self._combine(batch, blocks, rows, f"The {side} of term {term.name!r}")
-        return self._assemble([batch for batch, _ in groups], parts)
+        for (batch, blocks), combined in zip(groups, drawn, strict=True):
+            parts |= batch.partition.restrict(_union(blocks)).split(combined)
+        names = self.partition.ordered(parts)
+        if len(names) > 1 and all(isinstance(batch.batch, Mapping) for batch, _ in groups):
+            return {name: parts[name] for name in names}
+        return self.partition.restrict(names).join(parts)
 
     def _group(
         self,
@@ -322,7 +327,7 @@ class DependencySampler:
                     f"Term {term.name!r} needs source {source!r}, but got {tuple(observed)}."
                 )
             blocks = [density.parts for density in densities if density.source == source]
-            whole = _smallest(observed[source], [name for block in blocks for name in block])
+            whole = _smallest(observed[source], _union(blocks))
             if whole is not None:
                 groups.append((whole, blocks))
                 continue
@@ -340,28 +345,33 @@ class DependencySampler:
 
     def _combine(
         self, batch: Observed, blocks: Sequence[tuple[str, ...]], rows: int, who: str
-    ) -> dict[str, Array]:
-        """Draws rows in which the blocks are independent; returns them part by part."""
+    ) -> Batch:
+        """Draws rows in which the blocks are independent, in the form in which the batch came."""
         if self.collisions == "forbid" and batch.size < len(blocks):
             raise ValueError(
                 f"{who} combines {len(blocks)} blocks of different observations, but the batch "
                 f"of {batch.partition.names} has {batch.size} rows. Use batches of at least "
                 f"{len(blocks)}, or group the parts with Factorisation.hierarchical."
             )
-        arrays = batch.partition.split(batch.batch)
+        names = _union(blocks)
+        restricted = batch.partition.restrict(names)
+        observed = self._cut(batch, names)
+        arrays = restricted.arguments(observed)
         order = self._order(batch.size, arrays)
-        drawn: dict[str, Array] = {}
+        orders: dict[str, Tensor] = {}
         for k, block in enumerate(blocks):
             if self.collisions == "forbid":
                 block_order = order.roll(-k)[:rows] if k else order[:rows]
             else:
                 block_order = (self._order(batch.size, arrays) if k else order)[:rows]
-            for name in block:
-                drawn[name] = _select_rows(arrays[name], block_order)
+            orders |= dict.fromkeys(block, block_order)
+        drawn = restricted.recombine(observed, orders)
+        if isinstance(observed, Mapping):
+            return restricted.split(drawn)
         return drawn
 
-    def _order(self, size: int, arrays: Mapping[str, Array]) -> Tensor:
-        device = next((a.device for a in arrays.values() if isinstance(a, Tensor)), None)
+    def _order(self, size: int, arrays: Sequence[Array]) -> Tensor:
+        device = next((a.device for a in arrays if isinstance(a, Tensor)), None)
         if self.rng is None:
             return torch.randperm(size, device=device)
         order = torch.randperm(size, generator=self.rng, device=self.rng.device)
@@ -374,13 +384,6 @@ class DependencySampler:
         if isinstance(batch.batch, Mapping) and len(names) > 1:
             return {name: batch.batch[name] for name in batch.partition.ordered(names)}
         return batch.partition.take(batch.batch, names)
-
-    def _assemble(self, batches: Sequence[Observed], parts: Mapping[str, Array]) -> Batch:
-        """Puts drawn parts together in the form in which their batches came."""
-        names = self.partition.ordered(parts)
-        if len(names) > 1 and all(isinstance(batch.batch, Mapping) for batch in batches):
-            return {name: parts[name] for name in names}
-        return self.partition.restrict(names).join(parts)
 
 
 def as_observations(given: Observations | Batch) -> Observations:
@@ -412,6 +415,10 @@ def _pattern_names(pattern: object) -> tuple[str, ...]:
     return names
 
 
+def _union(blocks: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(name for block in blocks for name in block)
+
+
 def _smallest(
     observed: Mapping[tuple[str, ...], Observed], names: Iterable[str]
 ) -> Observed | None:
@@ -419,12 +426,6 @@ def _smallest(
     wanted = set(names)
     fitting = [pattern for pattern in observed if wanted.issubset(pattern)]
     return observed[min(fitting, key=len)] if fitting else None
-
-
-def _select_rows(array: Array, order: Tensor) -> Array:
-    if isinstance(array, np.ndarray):
-        return np.take(array, order.numpy(), axis=0)
-    return array.index_select(0, order.to(array.device, non_blocking=True))
 
 
 def _shapes(batch: Batch) -> str:

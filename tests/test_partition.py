@@ -364,3 +364,21 @@ def test_names_that_do_not_fit_are_refused(match, names):
     for call in (SLICES.ordered, SLICES.restrict, lambda n: SLICES.take(torch.zeros(8, 5), n)):
         with pytest.raises(ValueError, match=match):
             call(names)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_rows_are_recombined_from_the_observations_that_are_named(kind):
+    orders = {"a": torch.tensor([2, 0, 0, 1]), "b": torch.tensor([1, 1, 2, 0])}
+    a, b = torch.arange(3.0).reshape(3, 1), torch.arange(10.0, 16).reshape(3, 2)
+    expected = torch.cat([a[orders["a"]], b[orders["b"]]], dim=1)
+    x = torch.cat([a, b], dim=1)
+    give = (lambda t: t) if kind is torch.Tensor else (lambda t: t.numpy())
+    slices = Partition({"a": 1, "b": 2})
+    assert torch.equal(torch.as_tensor(slices.recombine(give(x), orders)), expected)
+    indices = Partition.indices({"a": [1], "b": [0, 2]})
+    mixed = indices.recombine(give(x[:, [1, 0, 2]]), orders)
+    assert torch.equal(torch.as_tensor(mixed), expected[:, [1, 0, 2]])
+    fields = Partition.fields("a", "b").recombine((give(a), give(b)), orders)
+    assert torch.equal(torch.cat([torch.as_tensor(f) for f in fields], dim=1), expected)
+    with pytest.raises(ValueError, match="'b' is missing"):
+        slices.recombine(give(x), {"a": orders["a"]})

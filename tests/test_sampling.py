@@ -447,3 +447,12 @@ def test_what_makes_no_observations_is_refused(error, match, make):
 def test_batches_that_do_not_fit_their_pattern_are_refused(error, match, batches):
     with pytest.raises(error, match=match):
         DependencySampler(ABC).draw(term("pa", "pa"), {"p": Observations(batches)})
+
+
+def test_pictures_stay_channels_last_and_rows_may_carry_gradients():
+    partition = Partition({"a": 1, "b": 3})
+    x = torch.randn(8, 4, 5, 5).to(memory_format=torch.channels_last)
+    assert DependencySampler(partition)(x).is_contiguous(memory_format=torch.channels_last)
+    rows = DependencySampler(partition)(x.requires_grad_())
+    rows.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
