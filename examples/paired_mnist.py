@@ -12,6 +12,7 @@ others are single digits. A GAN can use only the pairs, FactorGAN uses everythin
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -382,8 +383,12 @@ def sweep(
             )
         command += ["--root", str(root)] if root else []
         command += ["--smoke"] if smoke else []
+        # Runs side by side that each took all cores would mostly wait for each other.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
         with (folder / "log.txt").open("a") as log:
-            return subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            return subprocess.run(
+                command, stdout=log, stderr=log, env={**threads, **os.environ}, check=False
+            ).returncode
 
     with ThreadPoolExecutor(processes) as pool:
         codes = list(tqdm(pool.map(launch, todo), total=len(todo), desc="sweep", unit="run"))
@@ -428,6 +433,8 @@ def demo(out: Path = Path("out/demo"), seed: int = 0, smoke: bool = False) -> No
         seed: The seed of the pairs and of the training.
         smoke: Do 20 updates of each only.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small only wait for a second one
     machine = Machine("cpu")
     settings = replace(DEMO, seed=seed, **(SMOKE if smoke else {}))
     digits, test = embedded()
@@ -453,6 +460,7 @@ def demo(out: Path = Path("out/demo"), seed: int = 0, smoke: bool = False) -> No
     )
     print(table(rows, COLUMNS))
     print(f"\nWritten to {out}: results.json, figure.png, samples.png")
+    torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
