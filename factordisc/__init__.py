@@ -5,15 +5,9 @@ using Factorised Discriminators", ICLR 2020, https://arxiv.org/abs/1905.12660
 """
 
 from factordisc.data import ObservationLoader
+from factordisc.densities import Density, Ratio, independent, markov, shared
 from factordisc.discriminator import FactorisedDiscriminator
-from factordisc.factorisation import (
-    Density,
-    Factorisation,
-    Ratio,
-    independent,
-    markov,
-    shared,
-)
+from factordisc.factorisation import Factorisation
 from factordisc.losses import DiscriminatorLoss, generator_loss
 from factordisc.objectives import Logistic
 from factordisc.partition import Partition

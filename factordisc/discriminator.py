@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from factordisc.factorisation import Assumption, Factorisation, Ratio
+from factordisc.densities import Assumption, Ratio
+from factordisc.factorisation import Factorisation
 from factordisc.objectives import Logistic, Objective
 from factordisc.partition import Batch, Partition
 

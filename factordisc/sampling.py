@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from factordisc.factorisation import Density, Ratio
+from factordisc.densities import Density, Ratio
 from factordisc.partition import Array, Batch, Partition
 
 __all__ = ["DependencySampler", "Observations"]
