@@ -8,10 +8,30 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from factordisc import independent, shared
+from factordisc import Density, Ratio, independent, shared
+
+
+def p(*parts):
+    return Density("p", parts)
+
+
+def q(*parts):
+    return Density("q", parts)
+
+
+A = Ratio("a", 1, p("a"), q("a"))
+B = Ratio("b", 1, p("b"), q("b"))
+P = Ratio("p_dependency", 1, p("a", "b"), (p("a"), p("b")))
+Q = Ratio("q_dependency", -1, q("a", "b"), (q("a"), q("b")))
+
+
+def refuses(match, make, error=ValueError):
+    """A case of a test that calls `make` and expects an error that says what `match` says."""
+    return pytest.param(match, make, error, id=match[:40])
 
 
 class Claim(NamedTuple):
