@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,37 @@ COLOURS = {"gan": "#D55E00", "factorgan-no-cp": "#56B4E9", "factorgan": "#0072B2
 
 
 def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws FID and d_dep over the updates of the generator, one line per model."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    """Draws FID and d_dep over the updates: a line per run, a row of axes per lambda."""
+    lambdas = sorted({row["lambda"] for row in rows})
+    numbers = sorted({row["paired"] for row in rows})
+    styles = dict(zip(numbers, cycle(("-", "--", ":", "-.")), strict=False))
+    figure, axes = plt.subplots(
+        len(lambdas), 2, figsize=(9, 3.6 * len(lambdas)), layout="constrained", squeeze=False
+    )
     for row in rows:
         updates = [point["update"] for point in row["history"]]
-        for axis, key in zip(axes, ("fid", "d_dep"), strict=True):
-            values = [point[key] for point in row["history"]]
-            axis.plot(updates, values, "o-", ms=3, color=COLOURS[row["model"]], label=row["model"])
-    axes[0].set(title="Quality of the digits", ylabel="FID (log scale, lower is better)")
-    axes[0].set_yscale("log")
-    axes[1].set(title="Dependence between the digits", ylabel="$d_{dep}$ (lower is better)")
-    axes[1].set_ylim(bottom=0)
-    for axis in axes:
-        axis.set_xlabel("updates of the generator")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
+        n = "" if len(numbers) == 1 else f", n = {row['paired']}"
+        label = row["model"] + ("" if row["model"] == "factorgan-no-cp" else n)
+        for axis, key in zip(axes[lambdas.index(row["lambda"])], ("fid", "d_dep"), strict=True):
+            axis.plot(
+                updates,
+                [point[key] for point in row["history"]],
+                styles[row["paired"]],
+                marker="o" if len(updates) < 15 else "",
+                ms=3,
+                color=COLOURS[row["model"]],
+                label=label if row["seed"] == rows[0]["seed"] else None,
+            )
+    for same, (left, right) in zip(lambdas, axes, strict=True):
+        left.set(title=f"Quality of the digits, lambda {same}", yscale="log")
+        left.set_ylabel("FID (log scale, lower is better)")
+        right.set(title=f"Dependence between the digits, lambda {same}")
+        right.set_ylabel("$d_{dep}$ (lower is better)")
+        right.set_ylim(0, min(right.get_ylim()[1], 3))
+        for axis in (left, right):
+            axis.set_xlabel("updates of the generator")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
     _save(figure, path)
 
 
@@ -81,14 +98,13 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     published = read_published("paired_mnist.csv")
     lambdas = sorted({row["lambda"] for row in rows})
-    pairing = " and ".join(sorted({row["pairing"] for row in rows}))
+    pairings = sorted({row["pairing"] for row in rows})
     figure, axes = plt.subplots(
-        2, len(lambdas), figsize=(5 * len(lambdas), 7), layout="constrained", squeeze=False
+        len(lambdas), 2, figsize=(10, 4 * len(lambdas) + 0.8), layout="constrained", squeeze=False
     )
-    for column, same in enumerate(lambdas):
-        for axis, key, label in zip(
-            axes[:, column], ("fid", "d_dep"), ("FID", "$d_{dep}$"), strict=True
-        ):
+    labels = {"fid": "FID (log scale, lower is better)", "d_dep": "$d_{dep}$ (lower is better)"}
+    for same, pair in zip(lambdas, axes, strict=True):
+        for axis, (key, label) in zip(pair, labels.items(), strict=True):
             for model, colour in COLOURS.items():
                 chosen = [r for r in rows if r["lambda"] == same and r["model"] == model]
                 _draw_against_pairs(axis, chosen, "paired", key, model, colour)
@@ -102,14 +118,21 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                     label=f"{model}, published",
                 )
             axis.set(xscale="log", yscale="log" if key == "fid" else "linear")
-            axis.set(xlabel="pairs n", ylabel=f"{label} (lower is better)")
-            axis.set_title(f"lambda = {same}")
+            axis.set(xlabel="pairs n", ylabel=label, title=f"lambda = {same}")
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    comparable = (
-        "comparable" if pairing == "redrawn" else "not comparable: their pairs were redrawn"
+        pair[1].set_ylim(bottom=0)
+    axes[0, 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    updates = " and ".join(f"{n:,}" for n in sorted({row["updates"] for row in rows}))
+    note = (
+        "their pairs were redrawn too"
+        if pairings == ["redrawn"]
+        else "not comparable: theirs were redrawn in every epoch, and trained for 200,000 updates"
     )
-    figure.suptitle(f"Paired MNIST, pairing {pairing} (published curves: {comparable})")
+    figure.suptitle(
+        f"Paired digits, {updates} updates, pairs {' and '.join(pairings)}\n"
+        f"Published curves: {note}",
+        fontsize=10,
+    )
     _save(figure, path)
 
 
