@@ -358,6 +358,7 @@ def sweep(
         processes: How many runs to train at a time.
         smoke: Do 20 updates of each only.
     """
+    settings = replace(settings, **SMOKE) if smoke else settings
     digits, test = load_digits(settings, root)
     load_classifier(digits, test, out, torch.device(machine.device), smoke)  # once for all runs
     grid = [
