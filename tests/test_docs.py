@@ -13,7 +13,7 @@ import torch
 import factordisc
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 # Kinds that nobody executes. "py", "Python" and the like are none of them, so no example escapes.
 # A text block is what the python block above it prints, or for reading.
@@ -55,7 +55,7 @@ def run(name: str, page: str) -> int:
     return executed
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_python_block_runs_and_prints_what_the_page_says(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,7 @@ def test_the_pages_that_teach_have_blocks_to_run(name: str) -> None:
     assert sum(block.kind == "python" for block in blocks(page)) >= 1
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_block_is_run_or_of_a_kind_that_is_not(path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     kinds = {block.kind for block in blocks(page) if not block.kind.startswith("{")}
@@ -102,7 +102,7 @@ def test_every_public_name_stands_in_the_api() -> None:
     assert documented == set(factordisc.__all__)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_to_files_of_the_repository_exist(path: Path) -> None:
     page = FENCE.sub("", path.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page):
