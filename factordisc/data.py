@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from factordisc.partition import Array, Batch, Partition
+from factordisc.layouts import Array, Batch
+from factordisc.partition import Partition
 from factordisc.sampling import Observations, Pattern, map_tensors
 
 __all__ = ["ObservationLoader"]
@@ -179,7 +180,7 @@ class _Pool:
             start = 0 if owner == 0 else int(self.ends[owner - 1])
             batch = _collate(source, torch.from_numpy(numbers[place] - start))
             partition.batch_size(batch)  # says what does not fit, here where the data come from
-            pieces.append(partition.take(batch, self.partition.names))
+            pieces.append(partition.cut(batch, self.partition.names))
             places.append(place)
         if len(pieces) == 1:
             return pieces[0]

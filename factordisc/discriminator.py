@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from factordisc.densities import Assumption, Ratio
 from factordisc.factorisation import Factorisation
+from factordisc.layouts import Batch
 from factordisc.objectives import Logistic, Objective
-from factordisc.partition import Batch, Partition
+from factordisc.partition import Partition
 
 __all__ = ["FactorisedDiscriminator"]
 
@@ -137,6 +138,12 @@ class FactorisedDiscriminator(nn.Module):
             everywhere = {} if logit is None else dict.fromkeys(self._terms, logit)
             self._logits = self._checked_callables(everywhere, "logit")
         self._inputs = self._checked_callables(inputs or {}, "inputs")
+        for name, term in self._terms.items():
+            if name not in self._inputs:
+                try:
+                    partition.check_input(term.parts)
+                except ValueError as error:
+                    raise ValueError(f"For term {name!r}: {error}") from None
         self._strict = True  # torch does not tell a hook whether loading is strict
         self.register_load_state_dict_pre_hook(_refuse_other_terms)  # type: ignore[no-untyped-call]
 
@@ -238,7 +245,7 @@ class FactorisedDiscriminator(nn.Module):
             self._strict = True
 
     def _log_ratios(self, x: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-        batches = {name: [self.partition.take(x, self._terms[name].parts)] for name in names}
+        batches = {name: [self.partition.cut(x, self._terms[name].parts)] for name in names}
         outputs = self.outputs(batches)
         return {name: self.objective.log_ratio(outputs[name][0]) for name in names}
 

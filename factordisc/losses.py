@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from factordisc.discriminator import FactorisedDiscriminator
-from factordisc.partition import Batch
+from factordisc.layouts import Batch
 from factordisc.sampling import DependencySampler, Observations, as_observations, map_tensors
 
 __all__ = ["DiscriminatorLoss", "generator_loss"]
@@ -176,13 +176,13 @@ class DiscriminatorLoss(nn.Module):
             lacking = self.sampler.lacks(term, sources)
             if lacking:
                 # Never an empty batch: users' networks reshape by x.size(0).
-                rows = partition.take(fake, term.parts)
+                rows = partition.cut(fake, term.parts)
                 sides: tuple[Batch, Batch] = (rows, rows)
             else:
                 sides = self.sampler.draw(term, sources)
             restricted = partition.restrict(term.parts)
             numerator, denominator = (
-                map_tensors(_settled, restricted.take(side, term.parts)) for side in sides
+                map_tensors(_settled, restricted.cut(side, term.parts)) for side in sides
             )
             drawn[term.name] = TermRows(numerator, denominator, weights[int(not lacking)])
         return drawn

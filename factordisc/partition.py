@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Partition"]
+from factordisc.layouts import (
+    Array,
+    Batch,
+    Boxes,
+    Fields,
+    Indices,
+    Layout,
+    Slices,
+    check_integer,
+    check_same_names,
+    checked_dim,
+    kind,
+)
 
-Array: TypeAlias = "Tensor | npt.NDArray[Any]"
-Batch: TypeAlias = "Array | Sequence[Array] | Mapping[str, Array]"
+__all__ = ["Partition"]
 
 # Names that nn.ModuleDict would refuse (or worse, shadow) as the key of a network.
 _MODULE_DICT = nn.ModuleDict()
@@ -38,7 +46,7 @@ def check_part_name(name: object) -> None:
 def check_key(name: object, what: str) -> None:
     """Refuses what cannot be a key of `nn.ModuleDict`; `what` is "part" or "term"."""
     if not isinstance(name, str):
-        raise TypeError(f"A {what} name is a string, but got {name!r} of type {_kind(name)}.")
+        raise TypeError(f"A {what} name is a string, but got {name!r} of type {kind(name)}.")
     if not name:
         raise ValueError(f"A {what} name is a non-empty string, but got ''.")
     if "." in name:
@@ -58,7 +66,8 @@ class Partition:
 
     The first dimension of every tensor is the batch, of N observations. The parts do not
     overlap, and together they are the whole observation. ``Partition(sizes, dim)`` names
-    consecutive slices of one tensor; `indices`, `fields` and `steps` make the other kinds.
+    consecutive slices of one tensor; `indices`, `boxes`, `fields` and `steps` make the other
+    kinds.
 
     Everywhere a batch is taken it may be a tensor or a NumPy array of shape :math:`(N, *)`
     (of separate `fields`: a tuple or a mapping of them), of any dtype and on any device;
@@ -93,14 +102,14 @@ class Partition:
         if not isinstance(sizes, Mapping):
             raise TypeError(
                 "Partition expects a mapping from part names to sizes, such as "
-                f"{{'edges': 1, 'shoes': 3}}, but got {_kind(sizes)}."
+                f"{{'edges': 1, 'shoes': 3}}, but got {kind(sizes)}."
             )
         for name, size in sizes.items():
             check_part_name(name)
-            _check_integer(size, f"The size of part {name!r}")
+            check_integer(size, f"The size of part {name!r}")
             if size < 1:
                 raise ValueError(f"Part {name!r} expects a size of at least 1, but got {size}.")
-        self._set(_Slices(dict(sizes), _checked_dim(dim)))
+        self._set(Slices(dict(sizes), checked_dim(dim)))
 
     @classmethod
     def indices(cls, parts: Mapping[str, Sequence[int]], dim: int = 1) -> Partition:
@@ -121,14 +130,14 @@ class Partition:
             tensor([[10, 13]])
         """
         if not isinstance(parts, Mapping):
-            raise TypeError(f"Partition.indices expects a mapping, but got {_kind(parts)}.")
+            raise TypeError(f"Partition.indices expects a mapping, but got {kind(parts)}.")
         owner: dict[int, str] = {}
         for name, entries in parts.items():
             check_part_name(name)
             if len(entries) == 0:
                 raise ValueError(f"Part {name!r} expects at least one index, but got none.")
             for entry in entries:
-                _check_integer(entry, f"An index of part {name!r}")
+                check_integer(entry, f"An index of part {name!r}")
                 if int(entry) in owner:
                     raise ValueError(
                         f"Parts do not overlap, but index {entry} stands in part "
@@ -143,7 +152,52 @@ class Partition:
                 "Add it to a part."
             )
         sorted_parts = {name: tuple(sorted(map(int, e))) for name, e in parts.items()}
-        return cls._of(_Indices(sorted_parts, _checked_dim(dim)))
+        return cls._of(Indices(sorted_parts, checked_dim(dim)))
+
+    @classmethod
+    def boxes(cls, parts: Mapping[str, Sequence[slice]], shape: Sequence[int]) -> Partition:
+        """Makes parts of regions of an image (or of any array): boxes that cover it.
+
+        A network receives the smallest box around the parts of its term, if they fill it. The
+        parts of a hierarchy's groups should therefore be neighbours; a term about other
+        parts needs `inputs=` of the `FactorisedDiscriminator`, which gets a tensor per part.
+
+        Args:
+            parts: The box of each part: one slice, of step 1, for each dimension of `shape`.
+            shape: The sizes of the trailing dimensions that are divided, such as (H, W).
+
+        Raises:
+            ValueError: If two boxes overlap, a place belongs to none, or a box is empty.
+            TypeError: If a box is not a sequence of slices.
+
+        Example:
+            >>> left, right = (slice(None), slice(0, 32)), (slice(None), slice(32, 64))
+            >>> partition = Partition.boxes({"left": left, "right": right}, shape=(64, 64))
+            >>> partition.take(torch.zeros(8, 3, 64, 64), "left").shape
+            torch.Size([8, 3, 64, 32])
+        """
+        if not isinstance(parts, Mapping):
+            raise TypeError(f"Partition.boxes expects a mapping, but got {kind(parts)}.")
+        for size in (shape := tuple(shape)):
+            check_integer(size, "A size of `shape`")
+        spans: dict[str, tuple[tuple[int, int], ...]] = {}
+        for name, box in parts.items():
+            check_part_name(name)
+            if not isinstance(box, Sequence) or not all(isinstance(s, slice) for s in box):
+                raise TypeError(f"Part {name!r} expects a tuple of slices, but got {box!r}.")
+            if len(box) != len(shape):
+                raise ValueError(
+                    f"Part {name!r} expects {len(shape)} slices, one per dimension of {shape}, "
+                    f"but got {len(box)}."
+                )
+            ranges = [range(*s.indices(size)) for s, size in zip(box, shape, strict=True)]
+            if any(r.step != 1 or not len(r) for r in ranges):
+                raise ValueError(
+                    f"Part {name!r} expects slices of step 1 that are not empty within {shape}, "
+                    f"but got {tuple(box)}."
+                )
+            spans[name] = tuple((r.start, r.stop) for r in ranges)
+        return cls._of(Boxes.covering(spans, shape))
 
     @classmethod
     def fields(cls, *names: str) -> Partition:
@@ -166,7 +220,7 @@ class Partition:
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise ValueError(f"Partition.fields expects every name once, but got {names}.")
-        return cls._of(_Fields(names))
+        return cls._of(Fields(names))
 
     @classmethod
     def steps(cls, number: int, dim: int = 1, names: Sequence[str] | None = None) -> Partition:
@@ -182,19 +236,19 @@ class Partition:
             >>> Partition.steps(3).take(torch.zeros(8, 3, 2), ["2", "3"]).shape
             torch.Size([8, 2, 2])
         """
-        _check_integer(number, "The number of steps")
+        check_integer(number, "The number of steps")
         names = [str(i + 1) for i in range(number)] if names is None else list(names)
         if len(names) != number or len(set(names)) != number:
             raise ValueError(f"Partition.steps expects {number} different names, but got {names}.")
         return cls(dict.fromkeys(names, 1), dim)
 
     @classmethod
-    def _of(cls, layout: _Layout) -> Partition:
+    def _of(cls, layout: Layout) -> Partition:
         self = cls.__new__(cls)
         self._set(layout)
         return self
 
-    def _set(self, layout: _Layout) -> None:
+    def _set(self, layout: Layout) -> None:
         if len(layout.names) < 2:
             raise ValueError(
                 f"A partition has at least two parts, but got {len(layout.names)}: "
@@ -202,7 +256,7 @@ class Partition:
             )
         self._store(layout)
 
-    def _store(self, layout: _Layout) -> None:
+    def _store(self, layout: Layout) -> None:
         self._layout = layout
         self._position = {name: i for i, name in enumerate(layout.names)}
         self._restricted: dict[tuple[str, ...], Partition] = {}
@@ -251,7 +305,7 @@ class Partition:
         Raises:
             ValueError: If a part is missing or unknown, or their shapes do not fit.
         """
-        _check_same_names(self, self.names, parts)
+        check_same_names(self, self.names, parts)
         return self._layout.join(parts)
 
     def take(self, x: Batch, names: str | Iterable[str]) -> Array | tuple[Array, ...]:
@@ -264,13 +318,45 @@ class Partition:
         Returns:
             For fields the tensor of one part, or a tuple of several in the order of the parts.
             For the other kinds one tensor with the entries of the parts: slices and steps in
-            the order of the parts, indices in their original order; a view where the entries
-            are neighbours, and `x` itself where they are all.
+            the order of the parts, indices in their original order, boxes as the smallest box
+            around them; a view where the entries are neighbours, and `x` itself where they are
+            all.
 
         Raises:
-            ValueError: If a name is unknown, or the batch does not fit the partition.
+            ValueError: If a name is unknown, the batch does not fit the partition, or boxes do
+                not fill the smallest box around them.
+        """
+        names = self.ordered(names)
+        self.check_input(names)
+        return self._layout.take(self._layout.normalise(x), names)
+
+    def cut(self, x: Batch, names: str | Iterable[str]) -> Array | tuple[Array, ...]:
+        """Takes some parts of a batch, as a batch of ``restrict(names)``.
+
+        It is what `take` gives, but boxes that do not fill the smallest box around them come
+        as a tuple of tensors, in the order of the parts.
+
+        Args:
+            x: A batch of N whole observations.
+            names: The names of the parts, in any order.
         """
         return self._layout.take(self._layout.normalise(x), self.ordered(names))
+
+    def check_input(self, names: str | Iterable[str]) -> None:
+        """Refuses parts that `take` cannot give to a network.
+
+        Raises:
+            ValueError: If the parts are boxes that do not fill the smallest box around them.
+        """
+        names = self.ordered(names)
+        layout = self.restrict(names)._layout
+        if isinstance(layout, Boxes) and not layout.whole:
+            raise ValueError(
+                f"The boxes of {names} do not fill the smallest box around them, so they are no "
+                "input of a network. Pass a callable for the term in `inputs=` of the "
+                "FactorisedDiscriminator: it gets the tensor of every part, "
+                f"({', '.join(names)}), and returns what the network is to receive."
+            )
 
     def recombine(self, x: Batch, orders: Mapping[str, Tensor]) -> Array | tuple[Array, ...]:
         """Makes rows whose parts come from different observations.
@@ -290,7 +376,7 @@ class Partition:
             tensor([[ 0, 11],
                     [ 1, 10]])
         """
-        _check_same_names(self, self.names, orders)
+        check_same_names(self, self.names, orders)
         return self._layout.recombine(self._layout.normalise(x), orders)
 
     def restrict(self, names: str | Iterable[str]) -> Partition:
@@ -347,293 +433,3 @@ class Partition:
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Expected at least one part and each once, but got {names}.")
         return tuple(sorted(names, key=self._position.__getitem__))
-
-
-class _Layout(Protocol):
-    """How the parts lie in a sample. `normalise` comes first; the others trust its result."""
-
-    names: tuple[str, ...]
-
-    def normalise(self, x: Batch) -> Any: ...
-    def arrays(self, x: Any) -> tuple[Array, ...]: ...
-    def split(self, x: Any) -> dict[str, Array]: ...
-    def join(self, parts: Mapping[str, Array]) -> Array | tuple[Array, ...]: ...
-    def take(self, x: Any, names: tuple[str, ...]) -> Array | tuple[Array, ...]: ...
-    def recombine(self, x: Any, orders: Mapping[str, Tensor]) -> Array | tuple[Array, ...]: ...
-    def restrict(self, names: tuple[str, ...]) -> _Layout: ...
-
-
-class _Along(ABC):
-    """What slices and indices share: the parts lie along one dimension of one array."""
-
-    names: tuple[str, ...]
-    dim: int
-    length: int
-
-    def normalise(self, x: Batch) -> Array:
-        if isinstance(x, Mapping):
-            _check_same_names(self, self.names, x)
-            return self.join(x)
-        if not isinstance(x, (Tensor, np.ndarray)):
-            raise TypeError(f"{self} expects a tensor or an array, but got {_kind(x)}.")
-        axis = self.axis(x)
-        if x.shape[axis] != self.length:
-            raise ValueError(
-                f"{self} expects {self.length} entries along dim {self.dim}, "
-                f"but got x with shape {tuple(x.shape)}."
-            )
-        return x
-
-    def axis(self, x: Array) -> int:
-        axis = self.dim if self.dim > 0 else x.ndim + self.dim
-        if not 0 < axis < x.ndim:
-            raise ValueError(
-                f"{self} divides dim {self.dim} behind the batch, "
-                f"but got x with shape {tuple(x.shape)}."
-            )
-        return axis
-
-    def arrays(self, x: Array) -> tuple[Array, ...]:
-        return (x,)
-
-    def split(self, x: Array) -> dict[str, Array]:
-        return {name: self.take(x, (name,)) for name in self.names}
-
-    @abstractmethod
-    def take(self, x: Array, names: tuple[str, ...]) -> Array: ...
-
-    @abstractmethod
-    def join(self, parts: Mapping[str, Array]) -> Array: ...
-
-    def recombine(self, x: Array, orders: Mapping[str, Tensor]) -> Array:
-        return self.join({n: _select_rows(self.take(x, (n,)), orders[n]) for n in self.names})
-
-    def concatenate(self, parts: Mapping[str, Array], sizes: Mapping[str, int]) -> Array:
-        """Checks the parts' shapes and puts them side by side, in the order of the names."""
-        ordered = [parts[name] for name in self.names]
-        for name, part in zip(self.names, ordered, strict=True):
-            if not isinstance(part, (Tensor, np.ndarray)):
-                raise TypeError(f"Part {name!r} expects a tensor or an array, got {_kind(part)}.")
-            axis = self.axis(part)
-            if part.shape[axis] != sizes[name] or part.shape[0] != ordered[0].shape[0]:
-                raise ValueError(
-                    f"Part {name!r} of {self} expects {ordered[0].shape[0]} observations with "
-                    f"{sizes[name]} entries along dim {self.dim}, "
-                    f"but got shape {tuple(part.shape)}."
-                )
-        if len(ordered) == 1:
-            return ordered[0]
-        axis = self.axis(ordered[0])
-        if isinstance(ordered[0], np.ndarray):
-            return np.concatenate(cast("list[npt.NDArray[Any]]", ordered), axis=axis)
-        return torch.cat(cast("list[Tensor]", ordered), dim=axis)
-
-
-class _Slices(_Along):
-    """Consecutive slices of one dimension."""
-
-    def __init__(self, sizes: dict[str, int], dim: int) -> None:
-        self.names = tuple(sizes)
-        self.sizes = sizes
-        self.dim = dim
-        self.length = sum(sizes.values())
-        starts = np.cumsum([0, *sizes.values()])
-        self.spans = {name: (int(starts[i]), int(starts[i + 1])) for i, name in enumerate(sizes)}
-
-    def __repr__(self) -> str:
-        return f"Partition({self.sizes}, dim={self.dim})"
-
-    def take(self, x: Array, names: tuple[str, ...]) -> Array:
-        if names == self.names:
-            return x
-        runs: list[tuple[int, int]] = []
-        for name in names:
-            start, stop = self.spans[name]
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((start, stop))
-        axis = self.axis(x)
-        pieces = [_narrow(x, axis, start, stop) for start, stop in runs]
-        if len(pieces) == 1:
-            return pieces[0]
-        if isinstance(x, np.ndarray):
-            return np.concatenate(cast("list[npt.NDArray[Any]]", pieces), axis=axis)
-        return torch.cat(cast("list[Tensor]", pieces), dim=axis)
-
-    def join(self, parts: Mapping[str, Array]) -> Array:
-        return self.concatenate(parts, self.sizes)
-
-    def recombine(self, x: Array, orders: Mapping[str, Tensor]) -> Array:
-        if isinstance(x, np.ndarray) or x.requires_grad:
-            return super().recombine(x, orders)
-        # Straight into the result: half the time of parts that are concatenated afterwards.
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        rows = torch.empty(
-            (len(orders[self.names[0]]), *x.shape[1:]),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )
-        for name in self.names:
-            part, place = self.take(x, (name,)), self.take(rows, (name,))
-            order = orders[name].to(x.device, non_blocking=True)
-            torch.index_select(cast(Tensor, part), 0, order, out=cast(Tensor, place))
-        return rows
-
-    def restrict(self, names: tuple[str, ...]) -> _Slices:
-        return _Slices({name: self.sizes[name] for name in names}, self.dim)
-
-
-class _Indices(_Along):
-    """Any sets of indices of one dimension."""
-
-    def __init__(self, parts: dict[str, tuple[int, ...]], dim: int) -> None:
-        self.names = tuple(parts)
-        self.parts = parts
-        self.dim = dim
-        self.sizes = {name: len(entries) for name, entries in parts.items()}
-        self.length = sum(self.sizes.values())
-        # Where each entry of the whole stands when the parts lie side by side.
-        side_by_side = [entry for entries in parts.values() for entry in entries]
-        self.inverse = tuple(int(i) for i in np.argsort(side_by_side))
-        self.tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-    def __repr__(self) -> str:
-        parts = {name: list(entries) for name, entries in self.parts.items()}
-        return f"Partition.indices({parts}, dim={self.dim})"
-
-    def take(self, x: Array, names: tuple[str, ...]) -> Array:
-        if names == self.names:
-            return x
-        return self.select(x, tuple(sorted(i for name in names for i in self.parts[name])))
-
-    def join(self, parts: Mapping[str, Array]) -> Array:
-        return self.select(self.concatenate(parts, self.sizes), self.inverse)
-
-    def select(self, x: Array, entries: tuple[int, ...]) -> Array:
-        axis = self.axis(x)
-        if entries == tuple(range(entries[0], entries[-1] + 1)):
-            return _narrow(x, axis, entries[0], entries[-1] + 1)
-        if isinstance(x, np.ndarray):
-            return np.take(x, entries, axis=axis)
-        return x.index_select(axis, self.tensor(entries, x.device))
-
-    def tensor(self, entries: tuple[int, ...], device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            # A cache that grows while a graph is traced would be a side effect of the graph.
-            return torch.tensor(entries, device=device)
-        key = (entries, device)
-        if key not in self.tensors:
-            self.tensors[key] = torch.tensor(entries, device=device)
-        return self.tensors[key]
-
-    def restrict(self, names: tuple[str, ...]) -> _Indices:
-        kept = sorted(i for name in names for i in self.parts[name])
-        rank = {entry: i for i, entry in enumerate(kept)}
-        return _Indices(
-            {name: tuple(rank[i] for i in self.parts[name]) for name in names}, self.dim
-        )
-
-
-class _Fields:
-    """Every part is a tensor of its own."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __repr__(self) -> str:
-        return f"Partition.fields({', '.join(map(repr, self.names))})"
-
-    def normalise(self, x: Batch) -> tuple[Array, ...]:
-        if isinstance(x, Mapping):
-            _check_same_names(self, self.names, x)
-            arrays = tuple(x[name] for name in self.names)
-        elif isinstance(x, (Tensor, np.ndarray)) and len(self.names) == 1:
-            arrays = (x,)
-        elif isinstance(x, (tuple, list)):
-            arrays = tuple(x)
-            if len(arrays) != len(self.names):
-                raise ValueError(
-                    f"{self} expects {len(self.names)} fields, but got {len(arrays)}."
-                )
-        else:
-            raise TypeError(
-                f"{self} expects a tuple or a mapping of {len(self.names)} arrays, "
-                f"but got {_kind(x)}."
-            )
-        for name, array in zip(self.names, arrays, strict=True):
-            if not isinstance(array, (Tensor, np.ndarray)):
-                raise TypeError(f"Field {name!r} expects a tensor or array, got {_kind(array)}.")
-            if array.ndim == 0:
-                raise ValueError(f"Field {name!r} expects a batch dimension, but got shape ().")
-        lengths = {name: a.shape[0] for name, a in zip(self.names, arrays, strict=True)}
-        if any(length != arrays[0].shape[0] for length in lengths.values()):
-            raise ValueError(
-                f"The fields of one batch have one length, but got {lengths}. "
-                "Observations that were not seen together are batches of their own: "
-                "Observations(scene=..., labels=...)."
-            )
-        return arrays
-
-    def arrays(self, x: tuple[Array, ...]) -> tuple[Array, ...]:
-        return x
-
-    def split(self, x: tuple[Array, ...]) -> dict[str, Array]:
-        return dict(zip(self.names, x, strict=True))
-
-    def join(self, parts: Mapping[str, Array]) -> Array | tuple[Array, ...]:
-        x = self.normalise(parts)
-        return x[0] if len(x) == 1 else x
-
-    def take(self, x: tuple[Array, ...], names: tuple[str, ...]) -> Array | tuple[Array, ...]:
-        if names == self.names and len(names) > 1:
-            return x
-        taken = tuple(array for name, array in self.split(x).items() if name in names)
-        return taken[0] if len(taken) == 1 else taken
-
-    def recombine(
-        self, x: tuple[Array, ...], orders: Mapping[str, Tensor]
-    ) -> Array | tuple[Array, ...]:
-        return self.join({n: _select_rows(a, orders[n]) for n, a in self.split(x).items()})
-
-    def restrict(self, names: tuple[str, ...]) -> _Fields:
-        return _Fields(names)
-
-
-def _narrow(x: Array, axis: int, start: int, stop: int) -> Array:
-    if isinstance(x, np.ndarray):
-        return x[(slice(None),) * axis + (slice(start, stop),)]
-    return x.narrow(axis, start, stop - start)
-
-
-def _select_rows(array: Array, order: Tensor) -> Array:
-    if isinstance(array, np.ndarray):
-        return np.take(array, order.numpy(), axis=0)
-    return array.index_select(0, order.to(array.device, non_blocking=True))
-
-
-def _kind(x: object) -> str:
-    return type(x).__name__
-
-
-def _check_integer(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{what} is an integer, but got {value!r} of type {_kind(value)}.")
-
-
-def _checked_dim(dim: int) -> int:
-    _check_integer(dim, "`dim`")
-    if dim == 0:
-        raise ValueError("`dim` 0 is the batch; the parts lie along another dimension.")
-    return int(dim)
-
-
-def _check_same_names(who: object, names: tuple[str, ...], parts: Mapping[str, Any]) -> None:
-    missing = [name for name in names if name not in parts]
-    unknown = [name for name in parts if name not in names]
-    if missing or unknown:
-        raise ValueError(
-            f"{who} expects the parts {names}, but got {tuple(parts)}"
-            + (f": {missing[0]!r} is missing." if missing else f": {unknown[0]!r} is unknown.")
-        )

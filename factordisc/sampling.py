@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from factordisc.densities import Density, Ratio
-from factordisc.partition import Array, Batch, Partition
+from factordisc.layouts import Array, Batch
+from factordisc.partition import Partition
 
 __all__ = ["DependencySampler", "Observations"]
 
@@ -383,7 +384,7 @@ class DependencySampler:
         """Takes parts of a batch as they were observed."""
         if isinstance(batch.batch, Mapping) and len(names) > 1:
             return {name: batch.batch[name] for name in batch.partition.ordered(names)}
-        return batch.partition.take(batch.batch, names)
+        return batch.partition.cut(batch.batch, names)
 
 
 def as_observations(given: Observations | Batch) -> Observations:

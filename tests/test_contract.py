@@ -15,6 +15,7 @@ from factordisc import (
     Observations,
     Partition,
     independent,
+    markov,
     shared,
 )
 
@@ -26,6 +27,10 @@ FORMS = {
     "eq4": lambda: Factorisation.flat(["a", "b"], assuming=[shared("a")]),
     "no_p": lambda: Factorisation.flat(["a", "b"], assuming=[independent("a", "b", under="p")]),
     "eq6": lambda: Factorisation.flat(["a", "b", "c"], assuming=[shared("a", given=["b", "c"])]),
+    "hierarchical": lambda: Factorisation.hierarchical({"left": ["a", "b"], "right": ["c"]}),
+    "markov": lambda: Factorisation.autoregressive(
+        ["a", "b", "c"], assuming=[markov(1, under="p")]
+    ),
 }
 PARTITIONS = {
     "slices": lambda names: Partition(dict.fromkeys(names, 2)),
@@ -34,6 +39,9 @@ PARTITIONS = {
     ),
     "fields": lambda names: Partition.fields(*names),
     "steps": lambda names: Partition.steps(len(names), names=names),
+    "boxes": lambda names: Partition.boxes(
+        {name: (slice(i, i + 1), slice(None)) for i, name in enumerate(names)}, (len(names), 2)
+    ),
 }
 # Compiling costs seconds: every form once, and every partition once.
 CHOSEN = [(form, "slices") for form in FORMS] + [("eq6", p) for p in PARTITIONS if p != "slices"]
@@ -61,7 +69,7 @@ def batch(d, rows=N, dtype=None):
     parts = len(d.partition)
     if d.partition == Partition.fields(*d.partition.names):
         return tuple(torch.randn(rows, 2, dtype=dtype) for _ in range(parts))
-    if d.partition == Partition.steps(parts, names=d.partition.names):
+    if d.partition in (PARTITIONS[kind](d.partition.names) for kind in ("steps", "boxes")):
         return torch.randn(rows, parts, 2, dtype=dtype)
     return torch.randn(rows, 2 * parts, dtype=dtype)
 
@@ -107,7 +115,7 @@ def network_of(d, name):
 def by_hand(partition, x, parts):
     if partition == "fields":
         return list(x)
-    if partition == "steps":
+    if partition in ("steps", "boxes"):
         return list(x.unbind(1))
     return [x[:, 2 * i : 2 * i + 2] for i in range(parts)]
 
