@@ -30,10 +30,18 @@ __all__: list[str] = []
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A node of the tree of a form: a group of units, or a part if it has none."""
+    """A node of the tree of a form: a group of units, or a part if it has none.
+
+    Args:
+        name: The name of the group or the part; "" at the top.
+        units: The groups and parts within it.
+        cliques: Sets of parts into which its p-dependency falls, in an order in which each set
+            meets those before it within one of them (a junction tree).
+    """
 
     name: str
     units: tuple[Group, ...] = ()
+    cliques: tuple[tuple[str, ...], ...] = ()
 
     def leaves(self) -> list[str]:
         if not self.units:
@@ -83,6 +91,7 @@ class Algebra:
         self.agreed = 0
         for share in shares:
             self.agreed |= mask_of(share.agreed, self.position)
+        self.givens = {mask_of(getattr(a, "given", ()), self.position) for a in self.assuming}
         self.memo: dict[Symbol, Expression] = {}
 
     # --- names and masks ---
@@ -139,17 +148,17 @@ class Algebra:
             left = given
         raise _nothing_to_learn(self.assuming)
 
-    def form(self, groups: Sequence[Group], windows: bool = False) -> list[Ratio]:
+    def form(self, top: Group, windows: bool = False) -> list[Ratio]:
         """Builds the terms of a tree from the top down, under the assumptions.
 
         Args:
-            groups: The groups (or parts) at the top.
+            top: The group of all parts.
             windows: In every dependency of a group, restrict the past to the last steps of a
                 Markov assumption; the group is then the past and one step.
         """
         terms: list[Ratio] = []
-        queue = deque([Group("", tuple(groups))])
-        masks = group_masks(queue[0], self.position)
+        queue = deque([top])
+        masks = group_masks(top, self.position)
         while queue:
             group = queue.popleft()
             left = self.target(masks[group])
@@ -165,8 +174,11 @@ class Algebra:
                     terms.append(self.marginal(unit.name, masks[unit]))
             unit_masks = [masks[unit] for unit in units]
             for source in SOURCES:
-                window = self.window(source, unit_masks) if windows else left
-                terms += self.dependencies(source, window, unit_masks, group.name)
+                whole = self.window(source, unit_masks) if windows else left
+                sets = Counter([whole])
+                if group.cliques and source == "p":
+                    sets = junctions(mask_of(c, self.position) & left for c in group.cliques)
+                terms += self.dependencies(source, whole, sets, unit_masks, group.name)
         return terms
 
     def window(self, source: str, units: Sequence[int]) -> int:
@@ -182,12 +194,29 @@ class Algebra:
         return whole
 
     def dependencies(
-        self, source: str, whole: int, units: Sequence[int], group: str
+        self,
+        source: str,
+        whole: int,
+        sets: Mapping[int, int],
+        units: Sequence[int],
+        group: str,
     ) -> list[Ratio]:
-        """The dependency between units, or those of the sets into which independence splits it."""
+        """The dependencies between units in some sets, or in those into which they split.
+
+        Args:
+            source: The source.
+            whole: The set whose dependency is called by the group alone.
+            sets: How often the dependency of each set counts.
+            units: The units of the group.
+            group: The name of the group.
+        """
         sign = 1 if source == "p" else -1
+        counts: Counter[int] = Counter()
+        for mask, count in sets.items():
+            for part, times in self._split_dependency(source, mask, units).items():
+                counts[part] += count * times
         terms = []
-        for mask, count in self._split_dependency(source, whole, units).items():
+        for mask, count in counts.items():
             path = [group] if group else []
             path += [self.name_of(mask)] if mask != whole else []
             name = "/".join([*path, f"{source}_dependency"])
@@ -277,8 +306,17 @@ class Algebra:
                         del row[symbol]
             return None
 
-        # Breadth first: the relations of the largest sets are those that the forms apply.
-        queue, seen = deque(expression), set(expression)
+        # Breadth first: the relations of the largest sets are those that the forms apply. Then
+        # what is left, together with what an assumption is given: p(a, b, c) = p(a, b) p(c) and
+        # p(a, b, c) = p(a, c) p(b, c) / p(c) say that a and b are independent without c too.
+        seen = dict.fromkeys(expression)
+        above = list(residual)
+        for source, mask in above:
+            if len(above) > self.MOST_SYMBOLS:
+                break
+            higher = {(source, mask | given): None for given in self.givens}
+            above += [symbol for symbol in higher if symbol not in above]
+        queue = deque(seen := seen | dict.fromkeys(above))
         for _ in range(self.MOST_SYMBOLS):
             if not queue:
                 break
@@ -288,7 +326,7 @@ class Algebra:
                 if rewritten is None:
                     continue
                 queue += [s for s in rewritten if s not in seen]
-                seen.update(rewritten)
+                seen |= dict.fromkeys(rewritten)
                 relation = dict(self.normal(symbol))
                 add_to(relation, self.normalised(rewritten), -1)
                 row = {s: Fraction(count) for s, count in relation.items()}
@@ -375,6 +413,17 @@ def _nothing_to_learn(assuming: Iterable[Assumption]) -> ValueError:
         f"Under {', '.join(map(str, assuming)) or 'no assumption'} p equals q: "
         "nothing is left to discriminate. Drop an assumption."
     )
+
+
+def junctions(cliques: Iterable[int]) -> Counter[int]:
+    """Counts each clique once, less what each shares with those before it."""
+    counts: Counter[int] = Counter()
+    seen = 0
+    for clique in cliques:
+        counts[clique] += 1
+        counts[clique & seen] -= 1
+        seen |= clique
+    return counts
 
 
 def group_masks(top: Group, position: Mapping[str, int]) -> dict[Group, int]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from factordisc.layouts import Array, Batch
-from factordisc.partition import Partition
-from factordisc.sampling import Observations, Pattern, map_tensors
+from factordisc.partition import Partition, Pattern
+from factordisc.sampling import Observations, map_tensors
 
 __all__ = ["ObservationLoader"]
 

@@ -19,7 +19,8 @@ from factordisc.densities import (
     markov,
     shared,
 )
-from factordisc.partition import check_part_name
+from factordisc.partition import Pattern, check_part_name
+from factordisc.patterns import Family
 
 __all__ = ["Density", "Factorisation", "Ratio", "independent", "markov", "shared"]
 
@@ -120,7 +121,7 @@ class Factorisation:
             >>> [term.name for term in eq4.terms]
             ['map', 'p_dependency', 'q_dependency']
         """
-        return cls._grown(parts, [Group(name) for name in parts], assuming)
+        return cls._grown(Algebra(parts, assuming), tuple(Group(name) for name in parts))
 
     @classmethod
     def hierarchical(cls, tree: Tree, assuming: Iterable[Assumption] = ()) -> Factorisation:
@@ -148,7 +149,7 @@ class Factorisation:
         """
         groups = _read_tree(tree, "")
         names = [name for group in groups for name in group.leaves()]
-        return cls._grown(names, groups, assuming)
+        return cls._grown(Algebra(names, assuming), tuple(groups))
 
     @classmethod
     def autoregressive(
@@ -180,8 +181,8 @@ class Factorisation:
         past = Group(steps[0])
         for step in steps[1:-1]:
             past = Group(f"{steps[0]}:{step}", (past, Group(step)))
-        groups = [past, Group(steps[-1])] if len(steps) > 1 else [past]
-        return cls(algebra.parts, algebra.form(groups, windows=True), algebra.assuming)
+        groups = (past, Group(steps[-1])) if len(steps) > 1 else (past,)
+        return cls._grown(algebra, groups, windows=True)
 
     @classmethod
     def causal(cls, parts: Sequence[str], prefixes: Iterable[int] = ()) -> Factorisation:
@@ -218,11 +219,54 @@ class Factorisation:
         return cls(algebra.parts, terms)
 
     @classmethod
-    def _grown(
-        cls, parts: Sequence[str], groups: Sequence[Group], assuming: Iterable[Assumption]
+    def from_patterns(
+        cls,
+        parts: Sequence[str],
+        patterns: Iterable[Pattern],
+        assuming: Iterable[Assumption] = (),
     ) -> Factorisation:
+        """Builds the form that learns from every pattern, the parts that are observed together.
+
+        Where any two patterns are nested or disjoint it is the hierarchy of the patterns. Patterns
+        that overlap are accepted if the assumptions say how what only one of them holds
+        depends on what only the other holds, so that their p-dependency falls into those of
+        the patterns (they are the cliques of a decomposable model). Groups are
+        called by their parts.
+
+        Args:
+            parts: The names of the parts.
+            patterns: Parts that are observed together: the keys of `Observations`. Part names,
+                tuples of them, or "joint" for all parts.
+            assuming: What is known about p and q.
+
+        Raises:
+            ValueError: If patterns clash, with the assumption that would mend it; or if a term
+                needs parts together that no pattern holds.
+
+        Example:
+            >>> patterns = ["joint", ("eye_l", "brow_l"), ("eye_r", "brow_r"), "brow_l"]
+            >>> parts = ["eye_l", "brow_l", "eye_r", "brow_r"]
+            >>> tree = {"left": parts[:2], "right": parts[2:]}
+            >>> Factorisation.from_patterns(parts, patterns) == Factorisation.hierarchical(tree)
+            True
+            >>> markets = independent("berlin", "tokyo", given="london", under="p")
+            >>> patterns = [("berlin", "london"), ("london", "tokyo")]
+            >>> Factorisation.from_patterns(
+            ...     ["berlin", "london", "tokyo"], patterns, assuming=[markets]
+            ... ).required_observations()
+            (('berlin', 'london'), ('london', 'tokyo'))
+        """
         algebra = Algebra(parts, assuming)
-        return cls(algebra.parts, algebra.form(groups), algebra.assuming)
+        family = Family(algebra, patterns)
+        factorisation = cls(algebra.parts, algebra.form(family.tree()), algebra.assuming)
+        family.check_observed(factorisation.terms)
+        return factorisation
+
+    @classmethod
+    def _grown(
+        cls, algebra: Algebra, groups: tuple[Group, ...], windows: bool = False
+    ) -> Factorisation:
+        return cls(algebra.parts, algebra.form(Group("", groups), windows), algebra.assuming)
 
     def refine(self, group: str, other: Factorisation) -> Factorisation:
         """Replaces the marginal of a group by a factorisation over the group's parts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from factordisc.layouts import (
 )
 
 __all__ = ["Partition"]
+
+Pattern: TypeAlias = "str | tuple[str, ...]"
 
 # Names that nn.ModuleDict would refuse (or worse, shadow) as the key of a network.
 _MODULE_DICT = nn.ModuleDict()
@@ -59,6 +61,20 @@ def check_key(name: object, what: str) -> None:
             f"{name!r} cannot name a {what}: it is an attribute of nn.ModuleDict, "
             f"which holds the networks. Rename the {what}."
         )
+
+
+def pattern_names(pattern: object) -> tuple[str, ...]:
+    """Returns the names in a pattern, which is a name, a tuple of names, or "joint"."""
+    names = (pattern,) if isinstance(pattern, str) else pattern
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"A pattern is the name of a part, a tuple of names or 'joint', but got {pattern!r}."
+        )
+    if not names or len(set(names)) < len(names) or ("joint" in names and len(names) > 1):
+        raise ValueError(
+            f"A pattern names at least one part and each once, or is 'joint', but got {pattern!r}."
+        )
+    return names
 
 
 class Partition:

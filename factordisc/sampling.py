@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from torch.utils.data import default_collate
 
 from factordisc.densities import Density, Ratio
 from factordisc.layouts import Array, Batch
-from factordisc.partition import Partition
+from factordisc.partition import Partition, Pattern, pattern_names
 
 __all__ = ["DependencySampler", "Observations"]
-
-Pattern: TypeAlias = "str | tuple[str, ...]"
 
 
 class Observed(NamedTuple):
@@ -66,7 +64,7 @@ class Observations(Mapping[Pattern, Batch]):
         given: Iterable[tuple[Any, Batch | None]] = [*dict(batches or {}).items(), *named.items()]
         patterns: set[frozenset[str]] = set()
         for key, batch in given:
-            names = _pattern_names(key)
+            names = pattern_names(key)
             if frozenset(names) in patterns:
                 raise ValueError(
                     f"Observations expects every pattern once, but got {key!r} twice."
@@ -77,14 +75,14 @@ class Observations(Mapping[Pattern, Batch]):
                 self._batches[frozenset(names)] = (pattern, batch)
 
     def __getitem__(self, pattern: Pattern) -> Batch:
-        names = frozenset(_pattern_names(pattern))
+        names = frozenset(pattern_names(pattern))
         if names not in self._batches:
             raise KeyError(f"{pattern!r} was not observed; there are {list(self)}")
         return self._batches[names][1]
 
     def __contains__(self, pattern: object) -> bool:
         try:
-            return frozenset(_pattern_names(pattern)) in self._batches
+            return frozenset(pattern_names(pattern)) in self._batches
         except (TypeError, ValueError):
             return False
 
@@ -401,19 +399,6 @@ def map_tensors(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, (tuple, list)):
         return tuple(cast(Array, map_tensors(change, array)) for array in batch)
     return batch
-
-
-def _pattern_names(pattern: object) -> tuple[str, ...]:
-    names = (pattern,) if isinstance(pattern, str) else pattern
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"A pattern is the name of a part, a tuple of names or 'joint', but got {pattern!r}."
-        )
-    if not names or len(set(names)) < len(names) or ("joint" in names and len(names) > 1):
-        raise ValueError(
-            f"A pattern names at least one part and each once, or is 'joint', but got {pattern!r}."
-        )
-    return names
 
 
 def _union(blocks: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 from factordisc import Density, Ratio, independent, shared
 
@@ -184,3 +186,30 @@ class ExactTerm(nn.Module):
 def exact_networks(factorisation, problem, partition, dtype=torch.float64):
     """Returns a network per term that gives its exact log ratio, rounded to `dtype`."""
     return {term.name: ExactTerm(term, problem, partition, dtype) for term in factorisation.terms}
+
+
+def assert_exact(factorisation, problem, atol=1e-10):
+    """The terms with exact sub-ratios give the log ratio, an identity but for rounding."""
+    x = problem.cells()
+    total = problem.log_sum(factorisation.terms, x)
+    assert_close(total, problem.log_ratio(x), rtol=0, atol=atol)
+
+
+def random_tree(names, draw, depth=4):
+    """Draws a tree over names, of any depth up to `depth` and uneven."""
+    if depth == 1 or len(names) < 3 or draw(st.booleans()):
+        return list(names)
+    cuts = sorted(draw(st.sets(st.integers(1, len(names) - 1), min_size=1, max_size=3)))
+    pieces = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)], strict=True)]
+    return {f"g{i}": random_tree(piece, draw, depth - 1) for i, piece in enumerate(pieces)}
+
+
+def chain_table(rng, cardinality, steps, order):
+    """A joint table of a Markov chain: a product of random conditionals."""
+    table = np.ones((cardinality,) * steps)
+    for i in range(steps):
+        seen = range(max(0, i - order), i + 1)
+        shape = tuple(cardinality if j in seen else 1 for j in range(steps))
+        conditional = rng.dirichlet(np.ones(cardinality), size=cardinality ** (len(seen) - 1))
+        table = table * conditional.reshape(shape)
+    return table

@@ -13,22 +13,6 @@ CLAIM = problems.Claim
 NOTHING_LEFT = "p equals q"
 
 
-def assert_exact(factorisation, problem, atol=1e-10):
-    """The terms with exact sub-ratios give the log ratio, an identity but for rounding."""
-    x = problem.cells()
-    total = problem.log_sum(factorisation.terms, x)
-    assert_close(total, problem.log_ratio(x), rtol=0, atol=atol)
-
-
-def random_tree(names, draw, depth=4):
-    """Draws a tree over names, of any depth up to `depth` and uneven."""
-    if depth == 1 or len(names) < 3 or draw(st.booleans()):
-        return list(names)
-    cuts = sorted(draw(st.sets(st.integers(1, len(names) - 1), min_size=1, max_size=3)))
-    pieces = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)], strict=True)]
-    return {f"g{i}": random_tree(piece, draw, depth - 1) for i, piece in enumerate(pieces)}
-
-
 @st.composite
 def claims(draw, names):
     """Draws an assumption about some of the names."""
@@ -52,7 +36,7 @@ def test_random_trees_and_orders_under_random_assumptions_give_the_log_ratio(dat
     wanted = data.draw(st.lists(claims(names), max_size=3))
     problem, held = problems.DiscreteTables.obeying(wanted, cardinalities, seed)
     assuming = [claim.assumption for claim in held]
-    tree = random_tree(names, data.draw)
+    tree = problems.random_tree(names, data.draw)
     for make in (
         lambda: Factorisation.hierarchical(tree, assuming),
         lambda: Factorisation.autoregressive(names, assuming),
@@ -65,18 +49,7 @@ def test_random_trees_and_orders_under_random_assumptions_give_the_log_ratio(dat
             assert_close(problem.log_ratio(x), 0 * problem.log_ratio(x), rtol=0, atol=1e-10)
         else:
             assert factorisation.parts == tuple(names)
-            assert_exact(factorisation, problem)
-
-
-def chain_table(rng, cardinality, steps, order):
-    """A joint table of a Markov chain: a product of random conditionals."""
-    table = np.ones((cardinality,) * steps)
-    for i in range(steps):
-        seen = range(max(0, i - order), i + 1)
-        shape = tuple(cardinality if j in seen else 1 for j in range(steps))
-        conditional = rng.dirichlet(np.ones(cardinality), size=cardinality ** (len(seen) - 1))
-        table = table * conditional.reshape(shape)
-    return table
+            problems.assert_exact(factorisation, problem)
 
 
 @given(
@@ -89,16 +62,36 @@ def chain_table(rng, cardinality, steps, order):
 def test_windows_of_markov_chains_give_the_log_ratio(steps, order, sources, seed):
     rng = np.random.default_rng(seed)
     names = tuple(f"x{i}" for i in range(steps))
-    tables = {s: chain_table(rng, 2, steps, order if s in sources else steps) for s in ("p", "q")}
+    tables = {
+        s: problems.chain_table(rng, 2, steps, order if s in sources else steps)
+        for s in ("p", "q")
+    }
     problem = problems.DiscreteTables(names, tables)
     assuming = [markov(order, under=source) for source in sorted(sources)]
     factorisation = Factorisation.autoregressive(names, assuming)
     # rounding is relative to the logarithm of rare cells
-    assert_exact(factorisation, problem, atol=1e-9)
+    problems.assert_exact(factorisation, problem, atol=1e-9)
     for term in factorisation.terms:
         if term.numerator[0].source in sources and len(term.denominator) > 1:
             assert len(term.parts) <= order + 1
-    assert_exact(Factorisation.hierarchical({"a": names[:1], "b": names[1:]}, assuming), problem)
+    problems.assert_exact(
+        Factorisation.hierarchical({"a": names[:1], "b": names[1:]}, assuming), problem
+    )
+
+
+def test_two_claims_that_together_make_two_parts_independent_are_one_relation():
+    # x0 and x1 are independent given x3 and x3 is independent of both, hence without x3 too
+    names = [f"x{i}" for i in range(5)]
+    claims = [
+        shared("x0"),
+        independent("x0", ("x1", "x2", "x4"), given="x3", under="p"),
+        independent(("x0", "x1", "x4"), ("x3", "x2"), under="p"),
+    ]
+    terms = Factorisation.autoregressive(names, claims).terms
+    # each part of x1:x4 has a marginal, though x0 has none: the sum needs what the claims imply
+    assert [t.name for t in terms if len(t.parts) == 1] == ["x4", "x3", "x2", "x1"]
+    with pytest.raises(ValueError, match="missing"):
+        Factorisation(names, terms, claims[:2])
 
 
 def test_degenerate_forms_are_the_flat_one():
@@ -180,7 +173,7 @@ def test_a_form_without_one_of_its_terms_is_refused(data):
     form = data.draw(
         st.sampled_from(
             [
-                Factorisation.hierarchical(random_tree(names, data.draw)),
+                Factorisation.hierarchical(problems.random_tree(names, data.draw)),
                 Factorisation.autoregressive(names),
                 Factorisation.autoregressive(names, assuming=[markov(1, under="p")]),
             ]
