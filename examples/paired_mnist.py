@@ -12,12 +12,8 @@ others are single digits. A GAN can use only the pairs, FactorGAN uses everythin
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +24,6 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from tqdm.auto import tqdm
 
 from factordisc import (
     Factorisation,
@@ -43,6 +38,7 @@ from support.classifier import DigitClassifier, get_classifier
 from support.digits import CLASSES, Digits, RedrawnPairs, embedded, mnist, partners, stacked
 from support.metrics import FrechetDistance, class_table, dependency_error
 from support.results import environment, read_rows, table, write_json
+from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 
 Model = Literal["gan", "factorgan-no-cp", "factorgan"]
@@ -345,6 +341,8 @@ def sweep(
 ) -> None:
     """Trains the grid of Figure 1; finished runs are skipped and interrupted ones go on.
 
+    Started twice, on one machine or on several that share the folder, it trains no run twice.
+
     Args:
         settings: What all runs share.
         machine: On what each run is trained.
@@ -366,43 +364,9 @@ def sweep(
         for seed, same, n, model in product(seeds, lambdas, pairs, models)
         if model != "factorgan-no-cp" or n == pairs[0]
     ]
-    todo = [run for run in grid if not is_finished(run, folder_of(run, out))]
-    print(f"{len(grid) - len(todo)} of {len(grid)} runs are finished.")
-
-    def launch(run: Settings) -> int:
-        folder = folder_of(run, out)
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {**asdict(run), **asdict(machine), "out": folder}
-        options["lambda"] = options.pop("same")
-        command = [sys.executable, __file__, "train", "--resume"]
-        for name, value in options.items():
-            flag = name.replace("_", "-")
-            command += (
-                [f"--{flag}" if value else f"--no-{flag}"]
-                if isinstance(value, bool)
-                else [f"--{flag}", str(value)]
-            )
-        command += ["--root", str(root)] if root else []
-        command += ["--smoke"] if smoke else []
-        # Runs side by side that each took all cores would mostly wait for each other.
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-        with (folder / "log.txt").open("a") as log:
-            return subprocess.run(
-                command, stdout=log, stderr=log, env={**threads, **os.environ}, check=False
-            ).returncode
-
-    with ThreadPoolExecutor(processes) as pool:
-        codes = list(tqdm(pool.map(launch, todo), total=len(todo), desc="sweep", unit="run"))
-    failed = [folder_of(run, out) for run, code in zip(todo, codes, strict=True) if code]
-    plot(out)
-    if failed:
-        raise SystemExit("Failed, see log.txt in: " + ", ".join(map(str, failed)))
-
-
-def is_finished(run: Settings, folder: Path) -> bool:
-    """Whether a run has all its updates; one that has fewer can go on."""
-    result = folder / "result.json"
-    return result.exists() and read_rows([result])[0]["updates"] >= run.updates
+    runs = {folder_of(run, out): run for run in grid}
+    options = {"root": root, "smoke": smoke}
+    run_all(__file__, runs, machine, processes, options, finish=lambda: plot(out))
 
 
 def folder_of(run: Settings, out: Path) -> Path:

@@ -357,7 +357,7 @@ def test_a_sweep_skips_what_is_finished_and_draws_figure_1(tmp_path, capsys):
 
 # torch's own tracer looks at .grad of the tensors that it meets
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("options", [("--compile",), ("--bfloat16",)])
+@pytest.mark.parametrize("options", [("--compile",), ("--precision", "bf16-mixed"), ("--precision", "16-mixed")])
 def test_options_of_speed_run(out, options, monkeypatch):
     # the same graphs as the default backend, without minutes of the C++ compiler
     eager = functools.partial(torch.compile, backend="aot_eager")

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support import processes
+
 # Colours that remain apart in grey and for colour-blind readers (Okabe and Ito).
 COLOURS = {"gan": "#D55E00", "factorgan-no-cp": "#56B4E9", "factorgan": "#0072B2"}
 
@@ -53,7 +55,7 @@ def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set_xlabel("updates of the generator")
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -> None:
@@ -74,7 +76,7 @@ def draw_samples(samples: Mapping[str, Tensor], path: Path, columns: int = 12) -
         axis.set_title(title)
     for axis in axes.flat:
         axis.axis("off")
-    _save(figure, path)
+    save(figure, path)
 
 
 def grid(images: Tensor, columns: int = 12) -> np.ndarray:
@@ -85,9 +87,11 @@ def grid(images: Tensor, columns: int = 12) -> np.ndarray:
     return rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).numpy()
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+def save(figure: plt.Figure, path: Path) -> None:
+    """Writes a figure and closes it; of several processes the first writes."""
+    if processes.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -133,7 +137,7 @@ def draw_figure1(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         f"Published curves: {note}",
         fontsize=10,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_against_pairs(
@@ -177,4 +181,4 @@ def draw_ratio_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.suptitle(
         "log p − log q of two Gaussians on held-out points (mean and range over seeds)"
     )
-    _save(figure, path)
+    save(figure, path)

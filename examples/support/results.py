@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import factordisc
+from support import processes
 
 
 def environment() -> dict[str, Any]:
@@ -28,16 +29,18 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes the first does."""
     _write(path, lambda partial: partial.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """Writes tensors, numbers and strings, whole or not at all."""
+    """Writes tensors, numbers and strings, whole or not at all; the first process does."""
     _write(path, lambda partial: torch.save(content, partial))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # named after the process, since several may write one file
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
