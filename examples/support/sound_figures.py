@@ -1,0 +1,111 @@
+"""Figures of separated sound: spectrograms, and SDR against the number of songs (Figure 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from support.audio import SOURCES
+from support.figures import COLOURS, read_published, save
+from support.spectrograms import HOP, SAMPLE_RATE
+
+RANGE = 70.0  # dB below the loudest that are shown
+
+
+def decibels(magnitudes: np.ndarray, reference: float) -> np.ndarray:
+    """Returns levels in dB relative to a magnitude, of at least -`RANGE`."""
+    return 20 * np.log10(np.maximum(magnitudes / reference, 10 ** (-RANGE / 20)))
+
+
+def image(panels: Sequence[np.ndarray]) -> np.ndarray:
+    """Lays magnitudes (256, frames) side by side: an image in [0, 1], low frequencies below."""
+    joined = np.concatenate(panels, axis=1)
+    return 1 + decibels(joined, float(joined.max()))[::-1] / RANGE
+
+
+def draw_spectrograms(
+    true: Mapping[str, np.ndarray], estimates: Mapping[str, Mapping[str, np.ndarray]], path: Path
+) -> None:
+    """Draws magnitudes (256, frames): a row for the truth, and one for each model's estimates.
+
+    Args:
+        true: Those of mixture, accompaniment and vocals, by name.
+        estimates: Those that a model gives, by the model's title and by name; where it gives none,
+            as of the mixture, the place stays empty.
+        path: The file.
+    """
+    rows = {"truth": true, **estimates}
+    reference = max(float(magnitudes.max()) for magnitudes in true.values())
+    frames = next(iter(true.values())).shape[1]
+    extent = (0, frames * HOP / SAMPLE_RATE, 0, SAMPLE_RATE / 2000)
+    figure, axes = plt.subplots(
+        len(rows),
+        len(true),
+        figsize=(3.4 * len(true) + 0.8, 2.2 * len(rows) + 0.3),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for line, (title, panels) in zip(axes, rows.items(), strict=True):
+        for axis, name in zip(line, true, strict=True):
+            if name not in panels:
+                axis.axis("off")
+                continue
+            shown = axis.imshow(
+                decibels(panels[name], reference),
+                origin="lower",
+                aspect="auto",
+                extent=extent,
+                vmin=-RANGE,
+                vmax=0,
+                cmap="magma",
+            )
+            axis.set_title(f"{name}, {title}", fontsize=9)
+            if axis is line[0] or (axes[0, 0] not in line and axis is line[1]):
+                axis.set_ylabel("frequency (kHz)")
+    for axis in axes[-1]:
+        axis.set_xlabel("time (s)")
+    figure.colorbar(shown, ax=axes, label="level (dB)", shrink=0.8)
+    save(figure, path)
+
+
+def draw_figure6(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws median SDR against the number of songs with known sources, per source (Figure 6).
+
+    A point is a run, a line joins the means over seeds. The published medians are beside them,
+    and what masks give on the same test recordings that need no learning.
+    """
+    published = read_published("source_separation.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, source in zip(axes, reversed(SOURCES), strict=True):
+        key = f"{source}_median"
+        for model in ("gan", "factorgan"):
+            chosen = [row for row in rows if row["model"] == model]
+            numbers = sorted({row["paired"] for row in chosen})
+            means = [np.mean([r[key] for r in chosen if r["paired"] == n]) for n in numbers]
+            axis.plot(numbers, means, "-", color=COLOURS[model], label=model)
+            axis.plot(
+                [r["paired"] for r in chosen], [r[key] for r in chosen], "o", color=COLOURS[model]
+            )
+            points = [r for r in published if r["model"] == model and r["source"] == source]
+            axis.plot(
+                [int(r["songs"]) for r in points],
+                [float(r["median"]) for r in points],
+                "s--",
+                ms=4,
+                lw=1,
+                color=COLOURS[model],
+                label=f"{model}, published (MUSDB18)",
+            )
+        for name, style in (("ideal_mask", "-."), ("even_mask", ":")):
+            level = np.mean([row[name][key] for row in rows])
+            axis.axhline(level, color="0.4", ls=style, lw=1, label=f"{name.replace('_', ' ')}")
+        axis.set(xlabel="songs with known sources", ylabel="median SDR (dB)", title=source)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save(figure, path)
