@@ -21,7 +21,10 @@ class FrechetDistance:
     def __init__(self, real: Tensor) -> None:
         features = nn.Identity()
         features.num_features = real.shape[1]  # torchmetrics asks its extractor for this
-        self.metric = FrechetInceptionDistance(features, reset_real_features=False)
+        # no sync: of several processes that train, one scores
+        self.metric = FrechetInceptionDistance(
+            features, reset_real_features=False, sync_on_compute=False
+        )
         self.metric.to(real.device).update(real, real=True)
 
     def __call__(self, generated: Tensor) -> float:

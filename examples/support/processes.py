@@ -45,13 +45,10 @@ def is_first() -> bool:
 def distributed(module: nn.Module) -> nn.Module:
     """Makes the gradients of a module the mean of all processes' gradients.
 
-    Buffers stay each process's own. Spectral norm's are the same everywhere, being a function of
-    the weights; statistics of batches are used in scoring only, where the first process's count.
-    Sent around before every pass, they would also change under a graph that needs them.
+    Call it once before every backward pass: each call takes the first process's buffers over,
+    which a graph that is still needed may hold.
     """
-    if count() == 1:
-        return module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    return module if count() == 1 else DistributedDataParallel(module)
 
 
 def agree(*flags: bool) -> list[bool]:

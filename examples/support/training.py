@@ -357,7 +357,8 @@ class Run:
         training: What is trained.
         folder: Where checkpoint.pt and the event files go.
         settings: What the run is, as plain values; a checkpoint of other settings is refused.
-        score: Measures the generator.
+        score: Measures the generator. Of several processes only the first calls it, so it must
+            not wait for the others (torchmetrics: `sync_on_compute=False`).
         draw: Makes a grid of samples for TensorBoard, with shape (H, W), or (H, W, 3) for
             colours, in [0, 1].
         title: What the progress bar says.
