@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
+from factordisc import drawing
 from factordisc.algebra import Algebra, Group
 from factordisc.densities import (
     Assumption,
@@ -21,6 +22,9 @@ from factordisc.densities import (
 )
 from factordisc.partition import Pattern, check_part_name
 from factordisc.patterns import Family
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Density", "Factorisation", "Ratio", "independent", "markov", "shared"]
 
@@ -348,6 +352,41 @@ class Factorisation:
         position = {name: i for i, name in enumerate(self.parts)}
         return tuple(sorted(largest, key=lambda parts: [position[name] for name in parts]))
 
+    def to_latex(self) -> str:
+        r"""Returns the equation as LaTeX: an ``aligned`` block, to stand in a displayed formula.
+
+        Terms of sign 0 are not part of the sum, so they are left out.
+
+        Example:
+            >>> independence = independent("a", "b", under="p")
+            >>> print(Factorisation.flat(["a", "b"], assuming=[independence]).to_latex())
+            \begin{aligned}
+            \log \frac{p(\mathrm{a},\mathrm{b})}{q(\mathrm{a},\mathrm{b})}
+            ={}& \log \frac{p(\mathrm{a})}{q(\mathrm{a})} \\
+            +{}& \log \frac{p(\mathrm{b})}{q(\mathrm{b})} \\
+            -{}& \log \frac{q(\mathrm{a},\mathrm{b})}{q(\mathrm{a}) \, q(\mathrm{b})}
+            \end{aligned}
+        """
+        return drawing.latex(self.parts, self.terms)
+
+    def draw(self, ax: Axes | None = None) -> Axes:
+        """Draws the tree of the parts, and for every term what it compares and what trains it.
+
+        A row is a term. Green compares data with the generator's samples; a frame around blocks
+        is a dependency: complete rows inside the frame against rows whose blocks come from
+        different ones. Pale terms have sign 0: they are trained, but not summed.
+
+        Args:
+            ax: Axes to draw into. If ``None``, those of a new figure of fitting size.
+
+        Returns:
+            The axes; ``.figure.savefig(...)`` writes the picture.
+
+        Raises:
+            ImportError: If matplotlib is not installed, which factordisc does not require.
+        """
+        return drawing.draw(self.parts, self.terms, ax)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Factorisation):
             return NotImplemented
@@ -370,21 +409,11 @@ class Factorisation:
         ratio_width = max(len(str(term)) for term in self.terms)
         lines = [f"log p({everything}) − log q({everything}) ="]
         for term in self.terms:
-            sign = {1: "+", -1: "−", 0: "0"}[term.sign]
-            lines.append(
-                f"  {sign} {term.name:<{name_width}}  {term!s:<{ratio_width}}  {_data(term)}"
-            )
+            named = f"{drawing.SIGNS[term.sign]} {term.name:<{name_width}}"
+            data = drawing.trained_by(term)
+            lines.append(f"  {named}  {term!s:<{ratio_width}}  from {data}")
         lines += [f"assuming {assumption}" for assumption in self.assuming]
         return "\n".join(lines)
-
-
-def _data(term: Ratio) -> str:
-    """Says which data train a term."""
-    groups = [d.parts for d in (*term.numerator, *term.denominator) if d.source == "p"]
-    largest = [a for a in dict.fromkeys(groups) if not any(set(a) < set(b) for b in groups)]
-    if not largest:
-        return "from the generator"
-    return "from " + " and ".join(f"({', '.join(parts)})" for parts in largest)
 
 
 def _read_tree(tree: Tree, path: str) -> list[Group]:
