@@ -35,6 +35,7 @@ from factordisc import (
 )
 from support import figures
 from support.classifier import DigitClassifier, get_classifier
+from support.digit_figures import draw_figure1, draw_learning_curves
 from support.digits import CLASSES, Digits, RedrawnPairs, embedded, mnist, partners, stacked
 from support.metrics import FrechetDistance, class_table, dependency_error
 from support.results import environment, read_rows, table, write_json
@@ -385,8 +386,8 @@ def plot(out: Path = Path("out/paired_mnist")) -> None:
     if not rows:
         raise SystemExit(f"{out} has no finished runs.")
     write_json(out / "results.json", rows)
-    figures.draw_figure1(rows, out / "figure1.png")
-    figures.draw_learning_curves(rows, out / "curves.png")
+    draw_figure1(rows, out / "figure1.png")
+    draw_learning_curves(rows, out / "curves.png")
     print(table(rows, COLUMNS))
 
 
@@ -417,7 +418,7 @@ def demo(out: Path = Path("out/demo"), seed: int = 0, smoke: bool = False) -> No
         rows.append(make_row(chosen, training.history[-1], accuracy, **training.summary()))
         samples[model] = generate(training.result.eval(), 24, torch.device("cpu"))
     write_json(out / "results.json", rows)
-    figures.draw_learning_curves(rows, out / "figure.png")
+    draw_learning_curves(rows, out / "figure.png")
     figures.draw_samples(samples, out / "samples.png")
     print(
         f"\n{settings.paired} pairs and {len(digits.labels)} single digits, lambda "
