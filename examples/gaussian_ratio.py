@@ -141,10 +141,7 @@ def draw_ratio_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     labels = {"correlation": "correlation with the truth", "error": "mean absolute error (nats)"}
     colours = {"joint": figures.COLOURS["gan"], "factorised": figures.COLOURS["factorgan"]}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for model, colour in (
-            ("joint", figures.COLOURS["gan"]),
-            ("factorised", figures.COLOURS["factorgan"]),
-        ):
+        for model, colour in colours.items():
             chosen = [row for row in rows if row["model"] == model]
             figures.draw_against(axis, chosen, "pairs", key, model, colour)
         axis.set(xscale="log", xlabel="complete observations (pairs)", ylabel=label)
