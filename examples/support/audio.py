@@ -140,7 +140,7 @@ def read_mixture(path: Path) -> tuple[np.ndarray, int]:
 def write_audio(path: Path, samples: np.ndarray, rate: int) -> None:
     """Writes samples (T,) or (T, C) as 16-bit WAV; what exceeds full scale is clipped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.clip(samples, -1, 1), rate, "PCM_16")
+    soundfile.write(path, samples, rate, "PCM_16")
 
 
 def mono(samples: np.ndarray) -> np.ndarray:
