@@ -20,7 +20,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -36,12 +35,13 @@ from factordisc import (
     independent,
     shared,
 )
-from support import figures, streets
+from support import streets
 from support.cyclegan import CycleLoss, Translators
 from support.images import PairedImages, UnitImages, subset, unit
 from support.labels import Palette, mean_squared_error, pixel_accuracy
 from support.networks import NOISE, make_critic
 from support.results import environment, read_rows, table, write_json, write_tensors
+from support.street_figures import LABELS, draw_figure4, draw_figure5, image
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
@@ -51,9 +51,7 @@ MODELS: tuple[Model, ...] = ("gan", "cyclegan", "factorgan")
 PARTITION = Partition.fields("scene", "map")
 POOL = 50  # fakes that CycleGAN's discriminators remember
 SHOWN = 6  # scenes in a figure
-LABELS: dict[str, str] = {"gan": "GAN", "cyclegan": "CycleGAN", "factorgan": "FactorGAN"}
-# As in the other figures, and one more that remains apart from these.
-COLOURS = {"gan": "#D55E00", "cyclegan": "#009E73", "factorgan": "#0072B2"}
+SCORED_AT_ONCE = 50  # scenes in a forward pass
 COLUMNS = {
     "data": "",
     "model": "",
@@ -245,14 +243,22 @@ class Scores:
         }
         return {title: (255 * x).round().to(torch.uint8).cpu() for title, x in rows.items()}
 
-    def draw(self, generator: nn.Module) -> Any:
+    def draw(self, generator: nn.Module) -> np.ndarray:
         """Draws the same for TensorBoard."""
-        return np.concatenate([side_by_side(images) for images in self.show(generator).values()])
+        return image(self.show(generator))
 
     def save(self, generator: nn.Module, row: Mapping[str, Any], folder: Path) -> None:
         """Writes the same as predictions.pt and predictions.png."""
-        write_tensors(folder / "predictions.pt", self.show(generator))
-        draw_figure5([row], [folder], folder / "predictions.png")
+        shown = self.show(generator)
+        write_tensors(folder / "predictions.pt", shown)
+        draw_figure5(titled(shown, row), folder / "predictions.png")
+
+
+def titled(shown: Mapping[str, Tensor], row: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names what a run predicted after it and its score."""
+    pairs = f"{row['paired']} pairs" if row["paired"] else "no pairs"
+    title = f"{LABELS[row['model']]}, {pairs}: accuracy {row['accuracy']:.0f}%"
+    return {"scene": shown["scene"], "truth": shown["truth"], title: shown["predicted"]}
 
 
 @torch.no_grad()
@@ -260,7 +266,7 @@ def predict(generator: nn.Module, scenes: Tensor) -> Tensor:
     """Predicts maps (N, 3, S, S) of scenes in [0, 1], always with the same noise."""
     to_map = generator.to_map if isinstance(generator, Translators) else generator
     noise = uniform_noise(len(scenes), NOISE, torch.Generator().manual_seed(1), scenes.device)
-    batches = zip(scenes.split(50), noise.split(50), strict=True)
+    batches = zip(scenes.split(SCORED_AT_ONCE), noise.split(SCORED_AT_ONCE), strict=True)
     return torch.cat([to_map(*batch) for batch in batches])
 
 
@@ -444,112 +450,14 @@ def plot(out: Path = Path("out/segmentation")) -> None:
         alike = [row for row in rows if (row["data"], row["size"], row["seed"]) == group]
         alike.sort(key=lambda row: MODELS.index(row["model"]))
         for n in sorted({row["paired"] for row in alike} - {0}) or [0]:
-            chosen = [row for row in alike if row["paired"] in (0, n)]
-            folders = [
-                folder_of(Settings(**{f.name: row[f.name] for f in fields(Settings)}), out)
-                for row in chosen
-            ]
-            draw_figure5(chosen, folders, out / f"figure5-{data}{size}-n{n}-seed{seed}.png")
+            shown: dict[str, Tensor] = {}
+            for row in alike:
+                if row["paired"] in (0, n):
+                    run = Settings(**{f.name: row[f.name] for f in fields(Settings)})
+                    saved = torch.load(folder_of(run, out) / "predictions.pt", weights_only=True)
+                    shown |= titled(saved, row)
+            draw_figure5(shown, out / f"figure5-{data}{size}-n{n}-seed{seed}.png")
     print(table(rows, COLUMNS))
-
-
-def draw_figure4(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws error and accuracy against the number of pairs, with the published points.
-
-    A row of axes per data set and size; a point is the mean over seeds, a bar their range. The
-    accuracy is the one that can be compared with the published: without cars and poles in
-    Cityscapes.
-    """
-    published = figures.read_published("segmentation.csv")
-    panels = {
-        "mse": ("mse", "MSE in RGB (lower is better)"),
-        "accuracy_unambiguous": ("accuracy", "pixel accuracy (%, higher is better)"),
-    }
-    sets = sorted({(row["data"], row["size"]) for row in rows})
-    figure, axes = plt.subplots(
-        len(sets), 2, figsize=(10, 0.8 + 3.6 * len(sets)), layout="constrained", squeeze=False
-    )
-    for (data, size), pair in zip(sets, axes, strict=True):
-        for axis, (key, (metric, label)) in zip(pair, panels.items(), strict=True):
-            ticks: set[int] = set()
-            for model, colour in COLOURS.items():
-                points = [p for p in published if p["metric"] == metric and p[model]]
-                points = points if data == "cityscapes" else []
-                numbers = [int(p["paired"]) for p in points]
-                style = {"color": colour, "lw": 1, "ms": 3, "label": f"{LABELS[model]}, published"}
-                axis.plot(numbers, [float(p[model]) for p in points], "s--", **style)
-                ours = [
-                    r for r in rows if (r["data"], r["size"], r["model"]) == (data, size, model)
-                ]
-                draw_means(axis, ours, key, LABELS[model], colour)
-                ticks |= {*numbers, *(row["paired"] for row in ours)} - {0}
-            axis.set(
-                xscale="log", xlabel="pairs n", ylabel=label, title=f"{data}, {size} x {size}"
-            )
-            axis.set_xticks(sorted(ticks), [f"{n:,}" for n in sorted(ticks)], minor=False)
-            axis.set_xticks([], minor=True)
-            axis.grid(alpha=0.3)
-    by_label: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles, labels = axis.get_legend_handles_labels()
-        by_label |= dict(zip(labels, handles, strict=True))
-    order = [f"{name}{what}" for what in ("", ", published") for name in LABELS.values()]
-    shown = [label for label in order if label in by_label]
-    figure.legend([by_label[label] for label in shown], shown, loc="outside right center")
-    figure.suptitle(
-        "Ours: mean and range over seeds. Published: 128 x 128, 2,975 scenes, 200,000 updates",
-        fontsize=10,
-    )
-    figures.save(figure, path)
-
-
-def draw_means(
-    axis: plt.Axes, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str
-) -> None:
-    """Draws means over seeds and their range; a level line for what sees no pairs."""
-    values: dict[int, list[float]] = {}
-    for row in sorted(rows, key=lambda row: row["paired"]):
-        values.setdefault(row["paired"], []).append(row[key])
-    means = {n: sum(v) / len(v) for n, v in values.items()}
-    if 0 in means:
-        axis.axhline(means.pop(0), color=colour, label=label)
-    if means:
-        low = [m - min(values[n]) for n, m in means.items()]
-        high = [max(values[n]) - m for n, m in means.items()]
-        style = {"fmt": "o-", "ms": 5, "capsize": 3, "color": colour, "label": label}
-        axis.errorbar(list(means), list(means.values()), (low, high), **style)
-
-
-def draw_figure5(rows: Sequence[Mapping[str, Any]], folders: Sequence[Path], path: Path) -> None:
-    """Draws scenes, their maps, and what runs made of the scenes, each run under its score.
-
-    Args:
-        rows: The results of runs on one data set.
-        folders: The folder of each.
-        path: The file to write.
-    """
-    strips: dict[str, Tensor] = {}
-    for row, folder in zip(rows, folders, strict=True):
-        shown = torch.load(folder / "predictions.pt", weights_only=True)
-        pairs = f", {row['paired']} pairs" if row["paired"] else ", no pairs"
-        title = f"{LABELS[row['model']]}{pairs}: accuracy {row['accuracy']:.0f}%"
-        strips |= {"scene": shown["scene"], "truth": shown["truth"], title: shown["predicted"]}
-    height = 0.3 + 9 / len(strips["scene"])
-    figure, axes = plt.subplots(
-        len(strips), 1, figsize=(9, height * len(strips)), layout="constrained", squeeze=False
-    )
-    for axis, (title, images) in zip(axes.flat, strips.items(), strict=True):
-        axis.imshow(side_by_side(images))
-        axis.set_title(title, fontsize=11, loc="left")
-        axis.axis("off")
-    figures.save(figure, path)
-
-
-def side_by_side(images: Tensor) -> Any:
-    """Lays images (N, 3, S, S), uint8, out in a row, as an array (S, N * S, 3)."""
-    # white lines set the images apart
-    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)
-    return framed.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
