@@ -94,7 +94,7 @@ def test_every_step_meets_fresh_images_and_the_global_seed_is_left_alone():
 
 
 def test_the_interval_of_a_mean():
-    # mean 2, standard error 1 / sqrt(3), Student's t with two degrees of freedom: 4.3027
-    assert confidence_interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    # 1, 2, 3 deviate by 1; Student's t with two degrees of freedom is 4.3027
+    assert confidence_interval(1.0, 3) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     with pytest.raises(ValueError, match="at least two values, but got 1"):
-        confidence_interval([1.0])
+        confidence_interval(0.0, 1)

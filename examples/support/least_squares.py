@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from scipy import stats
@@ -113,12 +113,16 @@ def least_squares_loss(real: Tensor, fake: Tensor) -> Tensor:
     return (real - 1).square().mean() + fake.square().mean()
 
 
-def confidence_interval(values: Sequence[float]) -> float:
-    """Returns half the width of the 95% interval of the mean (Student's t).
+def confidence_interval(deviation: float, number: int) -> float:
+    """Returns half the width of the 95% interval of a mean (Student's t).
+
+    Args:
+        deviation: The standard deviation of the values, estimated from them (over N − 1).
+        number: The number N of values.
 
     Raises:
         ValueError: If there are fewer than two values.
     """
-    if len(values) < 2:
-        raise ValueError(f"An interval expects at least two values, but got {len(values)}.")
-    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    if number < 2:
+        raise ValueError(f"An interval expects at least two values, but got {number}.")
+    return float(deviation / number**0.5 * stats.t.ppf(0.975, number - 1))
