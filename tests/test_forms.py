@@ -3,11 +3,22 @@
 import numpy as np
 import problems
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
-from factordisc import Density, Factorisation, Ratio, independent, markov, shared
+from factordisc import (
+    Density,
+    Factorisation,
+    FactorisedDiscriminator,
+    Partition,
+    Ratio,
+    independent,
+    markov,
+    shared,
+)
 
 CLAIM = problems.Claim
 NOTHING_LEFT = "p equals q"
@@ -278,3 +289,47 @@ def test_a_part_that_is_known_given_the_others_leaves_the_tree():
     assert {(t.name, t.parts) for t in form.terms} == {(t.name, t.parts) for t in expected.terms}
     within = Factorisation.hierarchical(tree, assuming=[shared("m", given="a")])
     assert "x/p_dependency" not in [term.name for term in within.terms]
+
+
+class Windows(nn.Module):
+    """One network for all windows of a chain, told which step it looks at."""
+
+    def __init__(self, width, steps):
+        super().__init__()
+        self.steps = nn.Embedding(steps, 1)
+        self.linear = nn.Linear(width, 1)
+        self.calls = []
+
+    def forward(self, window, step):
+        self.calls.append(len(window))
+        return self.linear(window.flatten(1)) + self.steps(step)
+
+
+def test_markov_windows_are_one_call_of_a_network_that_is_told_the_step():
+    steps, order = 6, 2
+    names = [str(i + 1) for i in range(steps)]
+    chain = Factorisation.autoregressive(names, [markov(order, under=s) for s in ("p", "q")])
+    kinds = {}
+    networks, inputs = {}, {}
+    for term in chain.terms:
+        kind = (len(term.parts), len(term.denominator), term.numerator[0].source)
+        networks[term.name] = kinds.setdefault(kind, Windows(3 * len(term.parts), steps).double())
+        last = int(term.parts[-1]) - 1
+        inputs[term.name] = lambda x, last=last: (x, torch.full((len(x),), last))
+    d = FactorisedDiscriminator(Partition.steps(steps), chain, networks, inputs=inputs)
+    x = torch.randn(5, steps, 3, dtype=torch.float64)
+    total = d(x)
+    # marginals of all steps together; the first, shorter window; all other windows together
+    calls = {kind: network.calls for kind, network in kinds.items()}
+    assert calls[1, 1, "p"] == [5 * steps]
+    assert calls[2, 2, "p"] == calls[2, 2, "q"] == [5]
+    assert calls[3, 2, "p"] == calls[3, 2, "q"] == [5 * (steps - 2)]
+    expected = 0
+    for i in range(steps):
+        expected = expected + kinds[1, 1, "p"](x[:, i], torch.full((5,), i))[:, 0]
+        for source, sign in (("p", 1), ("q", -1)):
+            first = max(0, i - order)
+            if i:
+                window = kinds[i - first + 1, 2, source]
+                expected = expected + sign * window(x[:, first : i + 1], torch.full((5,), i))[:, 0]
+    assert_close(total, expected)

@@ -17,6 +17,7 @@ from factordisc import (
     FactorisedDiscriminator,
     Partition,
     independent,
+    markov,
 )
 
 IMAGES = Partition({"a": 3, "b": 3})
@@ -105,10 +106,51 @@ def test_step(benchmark, kind, how):
     assert all(parameter.grad is not None for parameter in criterion.parameters())
 
 
-@pytest.mark.benchmark(group="building and proving the flat form of 200 parts")
-@pytest.mark.parametrize("assuming", ["nothing", "all parts independent under p"])
-def test_flat_form_of_200_parts(benchmark, assuming):
-    names = [f"part{i}" for i in range(200)]
-    known = [] if assuming == "nothing" else [independent(*names, under="p")]
-    form = benchmark(Factorisation.flat, names, known)
-    assert len(form.terms) == 202 - len(known)
+NAMES = [f"x{i}" for i in range(200)]
+GROUPS = {
+    f"g{i}": {f"g{i}_{j}": NAMES[i + j : i + j + 5] for j in (0, 5)} for i in range(0, 200, 10)
+}
+FORMS = {
+    "flat": lambda assuming: Factorisation.flat(NAMES, assuming),
+    "hierarchical": lambda assuming: Factorisation.hierarchical(GROUPS, assuming),
+    "autoregressive": lambda assuming: Factorisation.autoregressive(NAMES, assuming),
+    "patterns": lambda assuming: Factorisation.from_patterns(
+        NAMES, ["joint", *(tuple(NAMES[:i]) for i in range(2, 200))], assuming
+    ),
+}
+ASSUMING = {
+    "nothing": [],
+    "all parts independent": [independent(*NAMES, under="p")],
+    "Markov of order 2": [markov(2, under="p")],
+}
+
+
+@pytest.mark.benchmark(group="building and proving a form of 200 parts")
+@pytest.mark.parametrize("assuming", ASSUMING)
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_200_parts(benchmark, form, assuming):
+    factorisation = benchmark.pedantic(FORMS[form], (ASSUMING[assuming],), rounds=3)
+    assert len(factorisation.parts) == 200
+
+
+STEPS, ORDER = 200, 2
+
+
+@pytest.mark.benchmark(group="d(x) of a Markov chain of 200 steps, batch of 64")
+@pytest.mark.parametrize("networks", ["one for all windows", "one per term"])
+def test_windows_share_a_call(benchmark, networks):
+    """A chain of 200 steps has 200 marginals and 398 windows."""
+    names = [str(i + 1) for i in range(STEPS)]
+    chain = Factorisation.autoregressive(names, [markov(ORDER, s) for s in ("p", "q")])
+    shared: dict[object, nn.Module] = {}
+
+    def network(term):
+        kind = (len(term.parts), term.numerator[0].source, len(term.denominator))
+        make = nn.Sequential(nn.Flatten(), mlp(4 * len(term.parts)))
+        return shared.setdefault(kind, make) if networks == "one for all windows" else make
+
+    d = FactorisedDiscriminator(
+        Partition.steps(STEPS), chain, {term.name: network(term) for term in chain.terms}
+    )
+    y = benchmark(d, torch.randn(64, STEPS, 4))
+    assert y.shape == (64,)
