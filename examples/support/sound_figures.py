@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from support.audio import SOURCES
-from support.figures import COLOURS, read_published, save
+from support.figures import COLOURS, draw_against, draw_published, read_published, save
 from support.spectrograms import HOP, SAMPLE_RATE
 
 RANGE = 70.0  # dB below the loudest that are shown
@@ -77,8 +77,8 @@ def draw_spectrograms(
 def draw_figure6(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws median SDR against the number of songs with known sources, per source (Figure 6).
 
-    A point is a run, a line joins the means over seeds. The published medians are beside them,
-    and what masks give on the same test recordings that need no learning.
+    A point is the mean over seeds, a bar their range. The published medians are beside them, and
+    what masks give on the same test recordings that need no learning.
     """
     published = read_published("source_separation.csv")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -86,25 +86,16 @@ def draw_figure6(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         key = f"{source}_median"
         for model in ("gan", "factorgan"):
             chosen = [row for row in rows if row["model"] == model]
-            numbers = sorted({row["paired"] for row in chosen})
-            means = [np.mean([r[key] for r in chosen if r["paired"] == n]) for n in numbers]
-            axis.plot(numbers, means, "-", color=COLOURS[model], label=model)
-            axis.plot(
-                [r["paired"] for r in chosen], [r[key] for r in chosen], "o", color=COLOURS[model]
-            )
-            points = [r for r in published if r["model"] == model and r["source"] == source]
-            axis.plot(
-                [int(r["songs"]) for r in points],
-                [float(r["median"]) for r in points],
-                "s--",
-                ms=4,
-                lw=1,
-                color=COLOURS[model],
-                label=f"{model}, published (MUSDB18)",
-            )
+            draw_against(axis, chosen, "paired", key, model, COLOURS[model])
+            points = [
+                (int(row["songs"]), float(row["median"]))
+                for row in published
+                if (row["model"], row["source"]) == (model, source)
+            ]
+            draw_published(axis, points, f"{model}, MUSDB18", COLOURS[model])
         for name, style in (("ideal_mask", "-."), ("even_mask", ":")):
-            level = np.mean([row[name][key] for row in rows])
-            axis.axhline(level, color="0.4", ls=style, lw=1, label=f"{name.replace('_', ' ')}")
+            level = rows[0][name][key]
+            axis.axhline(level, color="0.4", ls=style, lw=1, label=name.replace("_", " "))
         axis.set(xlabel="songs with known sources", ylabel="median SDR (dB)", title=source)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
