@@ -221,17 +221,18 @@ def _read_streams(path: Path, number: int) -> tuple[list[np.ndarray], int]:
             f"{path.name} needs PyAV to be read: pip install 'factordisc[stems]'. "
             "Or use the WAV files of MUSDB18-HQ."
         ) from None
-    streams = []
     with av.open(str(path)) as container:
-        if len(container.streams.audio) < number:
+        chosen = container.streams.audio[:number]
+        if len(chosen) < number:
             raise ValueError(
                 f"{path} expects {number} audio streams (mixture, drums, bass, other, vocals), "
-                f"but has {len(container.streams.audio)}."
+                f"but has {len(chosen)}."
             )
-        rate = container.streams.audio[0].rate
-    for i in range(number):
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray() for frame in container.decode(audio=i)]
-        streams.append(np.concatenate(frames, axis=1).T)  # (T, C), float32: AAC decodes to planes
+        rate = chosen[0].rate
+        frames: dict[int, list[np.ndarray]] = {stream.index: [] for stream in chosen}
+        for packet in container.demux(*chosen):
+            # AAC decodes to float32, with shape (C, T)
+            frames[packet.stream.index] += [frame.to_ndarray() for frame in packet.decode()]
+    streams = [np.concatenate(pieces, axis=1).T for pieces in frames.values()]
     shortest = min(len(stream) for stream in streams)  # encoders may pad a stream by a frame
     return [stream[:shortest] for stream in streams], rate
