@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -78,6 +79,29 @@ def test_every_block_is_run_or_of_a_kind_that_is_not(path: Path) -> None:
     # An unclosed, indented or ~~~ fence would hide a block from the pattern.
     fences = len(re.findall(r"^\s*(?:```|~~~)", page, re.MULTILINE))
     assert fences == 2 * len(blocks(page))
+
+
+def load_forms() -> dict[str, factordisc.Factorisation]:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/forms/pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FORMS
+
+
+def test_every_form_has_a_page_with_its_equation_picture_data_example_and_limits() -> None:
+    forms = load_forms()
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/forms").glob("*.md")}
+    index = pages.pop("index")
+    assert set(pages) == set(forms)
+    for name, page in pages.items():
+        assert f"$$\n{forms[name].to_latex()}\n$$" in page, name
+        assert f"(../images/forms/{name}.png)" in page
+        headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+        assert headings == ["Data it needs", "Example", "When not to use it"], name
+        assert "```python" in page
+        assert f"({name}.md)" in index
 
 
 def test_the_runner_reports_a_broken_block() -> None:
