@@ -80,7 +80,8 @@ def draw(parts: Sequence[str], terms: Sequence[Ratio], axes: Axes | None) -> Axe
     column = {name: i for i, name in enumerate(parts)}
     if axes is None:
         widest = max(len(trained_by(term)) for term in terms)
-        size = (1.5 + 0.8 * len(parts) + 0.08 * widest, 1.8 + 0.32 * len(terms))
+        column_width = max(0.8, 0.13 * max(map(len, parts)))
+        size = (1.5 + column_width * len(parts) + 0.08 * widest, 1.8 + 0.32 * len(terms))
         _, axes = plt.subplots(figsize=size, layout="constrained")
     axes.axis("off")
     top = _draw_tree(axes, column, _groups(terms))
