@@ -6,6 +6,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+PATIENCE = 5.0  # seconds; longer than a look at the claim, for which it is held for a moment
+
 
 def claim(folder: Path) -> FileLock:
     """Claims a folder until the lock is released, or the process has ended in whatever way.
@@ -18,9 +20,9 @@ def claim(folder: Path) -> FileLock:
         SystemExit: If another process holds the claim.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "claim.lock")
+    lock = _lock(folder)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise SystemExit(f"Another process is training the run in {folder}.") from None
     return lock
@@ -28,8 +30,14 @@ def claim(folder: Path) -> FileLock:
 
 def is_claimed(folder: Path) -> bool:
     """Whether a process is training the run in a folder."""
+    if not folder.exists():
+        return False
     try:
-        claim(folder).release()
-    except SystemExit:
+        with _lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
         return True
-    return False
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder / "claim.lock")

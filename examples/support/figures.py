@@ -50,7 +50,8 @@ def grid(images: Tensor, columns: int = 12) -> np.ndarray:
     if images.dim() == 3:
         images = images.unsqueeze(1)
     # a light frame of two pixels sets the samples apart
-    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.25)
+    frame = 0.25 if images.shape[1] == 1 else 0.75  # grey images are shown dark on light
+    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=frame)
     rows = framed.unflatten(0, (-1, columns))  # (R, columns, C, H, W)
     laid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (R * H, columns * W, C)
     return laid.squeeze(2).cpu().numpy()

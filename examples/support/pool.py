@@ -84,4 +84,4 @@ class FakePool:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on with the fakes of another pool."""
         self.filled = state["filled"]
-        self.stored = [stored.to(device) for stored in state["stored"]]
+        self.stored = [stored.to(device, copy=True) for stored in state["stored"]]

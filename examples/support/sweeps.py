@@ -59,6 +59,7 @@ def sweep(
         command = [sys.executable, str(script), "train", "--resume", "--out", str(folder)]
         for part in (arguments(runs[folder]), arguments(machine), flags(options or {})):
             command += part
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a") as log:
             return subprocess.run(
                 command, stdout=log, stderr=log, env={**threads, **os.environ}, check=False

@@ -258,7 +258,8 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Returns tensors, numbers and strings only, so that it loads with `weights_only`.
 
-        All processes must call it, since the random state of each is part of it.
+        All processes must call it, since the random state, the place in the data and the pool of
+        each are part of it. Of running statistics of batches those of the first are.
         """
         own = {
             "loader": self.loader.state_dict(),
