@@ -34,8 +34,8 @@ def test_maps_become_scenes_and_scenes_maps_each_with_noise_of_its_own():
 def test_the_losses_of_a_case_worked_by_hand(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.5))  # noise of 0
     generator = Translators(to_scene=Plus(3), to_map=Plus(1))
-    real = Observations(scene=images(0), map=images(0.5))
-    fake = generator(*(real[part] for part in ("scene", "map")), torch.zeros(2, 4))
+    real = Observations(scene=images(0), map=images(9))
+    fake = generator(real["scene"], real["map"], torch.zeros(2, 4))
     # Both cycles add 3 + 1, the identities 3 and 1: 10 * (4 + 4) + 10 * 0.5 * (3 + 1).
     assert CycleLoss(noise=2)(generator, real, fake).item() == pytest.approx(100)
     assert CycleLoss(2, cycle=1.0, identity=0.0)(generator, real, fake).item() == pytest.approx(8)
