@@ -42,34 +42,32 @@ def draw_spectrograms(
     reference = max(float(magnitudes.max()) for magnitudes in true.values())
     frames = next(iter(true.values())).shape[1]
     extent = (0, frames * HOP / SAMPLE_RATE, 0, SAMPLE_RATE / 2000)
+    given = np.array([[name in panels for name in true] for panels in rows.values()])
     figure, axes = plt.subplots(
-        len(rows),
-        len(true),
+        *given.shape,
         figsize=(3.4 * len(true) + 0.8, 2.2 * len(rows) + 0.3),
         layout="constrained",
-        sharex=True,
-        sharey=True,
         squeeze=False,
     )
-    for line, (title, panels) in zip(axes, rows.items(), strict=True):
-        for axis, name in zip(line, true, strict=True):
-            if name not in panels:
-                axis.axis("off")
-                continue
-            shown = axis.imshow(
-                decibels(panels[name], reference),
-                origin="lower",
-                aspect="auto",
-                extent=extent,
-                vmin=-RANGE,
-                vmax=0,
-                cmap="magma",
-            )
-            axis.set_title(f"{name}, {title}", fontsize=9)
-            if axis is line[0] or (axes[0, 0] not in line and axis is line[1]):
-                axis.set_ylabel("frequency (kHz)")
-    for axis in axes[-1]:
-        axis.set_xlabel("time (s)")
+    for (row, column), axis in np.ndenumerate(axes):
+        if not given[row, column]:
+            axis.axis("off")
+            continue
+        (title, panels), name = list(rows.items())[row], list(true)[column]
+        shown = axis.imshow(
+            decibels(panels[name], reference),
+            origin="lower",
+            aspect="auto",
+            extent=extent,
+            vmin=-RANGE,
+            vmax=0,
+            cmap="magma",
+        )
+        axis.set_title(f"{name}: {title}", fontsize=9)
+        if not given[row, :column].any():
+            axis.set_ylabel("frequency (kHz)")
+        if not given[row + 1 :, column].any():
+            axis.set_xlabel("time (s)")
     figure.colorbar(shown, ax=axes, label="level (dB)", shrink=0.8)
     save(figure, path)
 
