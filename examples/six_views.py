@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -35,6 +34,7 @@ from factordisc import (
     Partition,
 )
 from support import figures
+from support.least_squares import confidence_interval
 from support.results import environment, read_rows, table, write_json
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, uniform_noise
@@ -44,7 +44,7 @@ Model = Literal["gan", "flat", "hierarchical"]
 MODELS: tuple[Model, ...] = ("gan", "flat", "hierarchical")
 GROUPS = {"shape": ("fou", "zer"), "profile": ("fac", "mor"), "pixels": ("kar", "pix")}
 NOISE = 64  # uniform in [-1, 1]
-GENERATED = 5000  # objects per scoring
+GENERATED = 2000  # objects per scoring
 COLUMNS = {
     "model": "",
     "complete": "",
@@ -73,21 +73,27 @@ class Settings:
     seed: int = 0
     """Of the choice of objects, the networks and the training. The test objects are always the
     same."""
-    components: int = 10
-    """Whitened principal components per view; the view with six features keeps six."""
+    components: int = 5
+    """Whitened principal components per view."""
     budget: int = 100_000
     """Parameters of all networks of a discriminator together, at most: their common width is the
     largest that this allows, so that no form has an advantage in size."""
-    updates: int = 4000
+    slope: float = 3.0
+    """The steepest that a term's log ratio can be, in nats per standard deviation of a component:
+    spectral normalisation bounds a network to 1, and its output is multiplied by this."""
+    updates: int = 1000
     """Updates of the generator."""
-    batch_size: int = 64
-    learning_rate: float = 5e-4
-    """Of Adam, with betas (0.5, 0.999)."""
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    """Of the discriminators' Adam, with betas (0.5, 0.999)."""
+    generator_learning_rate: float = 7e-4
+    """Of the generator's. It is the smaller (two time scales, Heusel et al. (2017)): otherwise the
+    marginal discriminators do not keep up, and the dependency terms alone drive the generator."""
     discriminator_updates: int = 2
     """Updates of the discriminators for each of the generator."""
-    average: float = 0.998
+    average: float = 0.99
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
-    scorings: int = 4
+    scorings: int = 2
     """How often the scores are measured, evenly over the updates."""
 
 
@@ -134,15 +140,18 @@ def matched_width(inputs: Sequence[int], budget: int) -> int:
     return int((-b + (b * b - 4 * a * c) ** 0.5) / (2 * a))
 
 
-def make_discriminator(
-    model: Model, partition: Partition, sizes: Mapping[str, int], budget: int
-) -> FactorisedDiscriminator:
+def make_discriminator(settings: Settings, sizes: Mapping[str, int]) -> FactorisedDiscriminator:
     """Makes one network per term of the model's factorisation, all of one width."""
-    factorisation = make_factorisation(model)
+    factorisation = make_factorisation(settings.model)
     inputs = {t.name: sum(sizes[view] for view in t.parts) for t in factorisation.terms}
-    width = matched_width(list(inputs.values()), budget)
+    width = matched_width(list(inputs.values()), settings.budget)
     networks = {name: make_network(size, width) for name, size in inputs.items()}
-    return FactorisedDiscriminator(partition, factorisation, networks)
+    return FactorisedDiscriminator(
+        Partition(sizes),
+        factorisation,
+        networks,
+        logit=lambda output: settings.slope * output.squeeze(1),
+    )
 
 
 def load_observations(
@@ -198,18 +207,17 @@ def make_training(
 ) -> Training:
     """Puts the networks, the data and the optimisers of a run together."""
     torch.manual_seed(settings.seed)
-    partition = Partition(sizes)
     generator = make_generator(sum(sizes.values()))
-    discriminator = make_discriminator(settings.model, partition, sizes, settings.budget)
+    discriminator = make_discriminator(settings, sizes)
     device = torch.device(machine.device)
 
     def make_fake(generator: nn.Module, real: Observations, rng: torch.Generator) -> Tensor:
         return generator(uniform_noise(settings.batch_size, NOISE, rng, device))
 
-    return Training(
+    training = Training(
         generator,
         discriminator,
-        load_observations(settings, train, partition, machine),
+        load_observations(settings, train, discriminator.partition, machine),
         make_fake,
         {"lr": settings.learning_rate, "betas": (0.5, 0.999)},
         settings.discriminator_updates,
@@ -217,6 +225,9 @@ def make_training(
         machine,
         settings.average,
     )
+    for group in training.optimisers["generator"].param_groups:
+        group["lr"] = settings.generator_learning_rate
+    return training
 
 
 def train(
@@ -341,11 +352,8 @@ COLOURS = {"gan": "#D55E00", "flat": "#56B4E9", "hierarchical": "#0072B2"}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the half width of its 95% interval by Student's t over seeds."""
-    number = len(values)
-    if number < 2:
-        return float(np.mean(values)), float("nan")
-    half = stats.t.ppf(0.975, number - 1) * np.std(values, ddof=1) / number**0.5
+    """Returns the mean over seeds, and half the width of its 95% interval; NaN for one seed."""
+    half = confidence_interval(np.std(values, ddof=1), len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(half)
 
 

@@ -144,7 +144,7 @@ def test_more_objects_than_there_are_is_an_error():
 def test_every_model_has_as_many_parameters_as_the_budget_allows():
     sizes = {view: min(10, size) for view, size in VIEWS.items()}
     for model in six_views.MODELS:
-        d = six_views.make_discriminator(model, Partition(sizes), sizes, 100_000)
+        d = six_views.make_discriminator(six_views.Settings(model=model), sizes)
         number = sum(p.numel() for p in d.parameters())
         assert 0.97 * 100_000 < number <= 100_000
         inputs = [network[0].in_features for network in d.networks.values()]
@@ -164,7 +164,7 @@ def test_the_pairs_of_views_train_the_dependencies_of_the_groups():
 
 def test_every_discriminator_layer_is_spectrally_normalised():
     sizes = dict.fromkeys(VIEWS, 4)
-    d = six_views.make_discriminator("hierarchical", Partition(sizes), sizes, 50_000)
+    d = six_views.make_discriminator(six_views.Settings(model="hierarchical"), sizes)
     layers = [m for m in d.modules() if isinstance(m, torch.nn.Linear)]
     assert len(layers) == 3 * 14
     for layer in layers:
