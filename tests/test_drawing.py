@@ -136,3 +136,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         HIERARCHY.draw()
+
+
+def test_terms_that_are_not_summed_are_pale():
+    frames = [p for p in FORMS["causal"].draw().patches if isinstance(p, FancyBboxPatch)]
+    assert [frame.get_alpha() == 1 for frame in frames] == [True, False]
