@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -149,14 +150,19 @@ def test_a_resumed_run_ends_bit_equal_with_pairs_redrawn_by_a_worker(out):
     assert_equal_states(whole, parts)
 
 
-def test_a_signal_saves_first_and_the_run_can_go_on(out):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_saves_first_and_the_run_can_go_on(out, number):
+    """As Ctrl-C sends it, and a launcher: to the processes that load data too."""
     arguments = [sys.executable, str(EXAMPLES / "paired_mnist.py"), "train", *map(str, TINY)]
     arguments += ["--updates", "1000000", "--scorings", "1", "--out", str(out / "run")]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    arguments += ["--workers", "2"]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     shown = b""
     while not re.search(rb" [1-9]\d*/1000000 ", shown):  # what the progress bar says
         shown += process.stderr.read(1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert b"Stopped and saved at update" in printed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import active_children
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -76,3 +78,14 @@ def broadcast(content: Any) -> Any:
     contents = [content]
     dist.broadcast_object_list(contents)
     return contents[0]
+
+
+def shield_workers() -> None:
+    """Takes the processes that load data out of this one's group, to which Ctrl-C is sent.
+
+    `torchrun` too sends SIGTERM to the whole group. A run whose workers had ended could not finish
+    its update and save.
+    """
+    for worker in active_children():
+        with suppress(OSError):  # only a fork can be moved
+            os.setpgid(worker.pid, worker.pid)

@@ -199,10 +199,8 @@ class Training:
         Returns:
             With `report`, the `TermReport` of every term and the generator's loss.
         """
-        if self._observations is None:
-            self._observations = iter(self.loader)
         for _ in range(self.discriminator_updates):
-            real = next(self._observations).to(self.device, non_blocking=True)
+            real = self._load().to(self.device, non_blocking=True)
             with torch.no_grad(), self._autocast():
                 fake = self.make_fake(self._generate, real, self.rng)
             if self.pool is not None:
@@ -218,6 +216,14 @@ class Training:
             self.averaged.update_parameters(self.generator)
         self.update += 1
         return {"terms": terms, "generator": loss.detach()} if report else {}
+
+    def _load(self) -> Observations:
+        if self._observations is not None:
+            return next(self._observations)
+        self._observations = iter(self.loader)
+        real = next(self._observations)  # which starts the workers
+        processes.shield_workers()
+        return real
 
     def _descend(self, side: str, loss: Tensor, *networks: nn.Module) -> None:
         """Updates one side, whose networks are clipped each by itself."""
