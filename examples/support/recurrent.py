@@ -90,7 +90,7 @@ class CausalNetwork(nn.Module):
 
     Convolutions of two taps, each twice as far apart as those before it, see back to the first
     step. Unlike a recurrent layer they evaluate all steps at once, and each weight is a matrix
-    that spectral normalisation can bound. All are but the last, which sets the scale.
+    that spectral normalisation can bound; all are.
 
     References:
         Stoller et al. (2020), Eq. 9.
@@ -106,7 +106,7 @@ class CausalNetwork(nn.Module):
         self.layers = nn.Sequential(spectral_norm(nn.Linear(channels, width)))
         for distance in (2**i for i in range(max(1, (length - 1).bit_length()))):
             self.layers.extend([nn.LeakyReLU(SLOPE), _TwoSteps(width, distance)])
-        self.layers.extend([nn.LeakyReLU(SLOPE), nn.Linear(width, 1)])
+        self.layers.extend([nn.LeakyReLU(SLOPE), spectral_norm(nn.Linear(width, 1))])
 
     def forward(self, steps: Tensor, counted: Tensor) -> Tensor:
         """Returns the logits of the steps that count, and zeros, with shape (N, T).
