@@ -108,6 +108,12 @@ def test_pairs_are_few_and_whole_and_single_images_are_all_and_independent():
     assert {int(n) for real in other for n in (real["joint"][:, 0, 0, 0] * 255).round()} != pairs
 
 
+def test_pairs_do_not_count_twice_among_the_single_images():
+    settings = Settings("factorgan", paired=10, batch_size=8)
+    loader = image_pairs.load_observations(settings, numbered(), Machine("cpu"))
+    assert loader.state_dict()["sizes"] == {"joint": 10, "edge": 40, "photo": 40}
+
+
 def test_both_images_of_a_pair_are_shown_side_by_side():
     a, b = numbered(3)
     shown = pictures(torch.cat([a, b], dim=1).float(), "edges2shoes")
