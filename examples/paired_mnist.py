@@ -33,7 +33,7 @@ from factordisc import (
     Partition,
     independent,
 )
-from support import figures
+from support import figures, processes
 from support.classifier import DigitClassifier, get_classifier
 from support.digit_figures import draw_figure1, draw_learning_curves
 from support.digits import CLASSES, Digits, RedrawnPairs, embedded, mnist, partners, stacked
@@ -274,6 +274,7 @@ def train(
     settings = replace(settings, **SMOKE) if smoke else settings
     digits, test = load_digits(settings, root)
     device = torch.device(machine.device)
+    processes.join(device)
     classifier, accuracy = load_classifier(digits, test, out.parent, device, smoke)
     scores = Scores(settings, test, classifier, device)
     training = make_training(settings, digits, machine)

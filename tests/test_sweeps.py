@@ -123,7 +123,7 @@ def test_a_run_that_another_process_trains_has_not_failed(script, tmp_path, caps
     sweep(script, runs, Machine("cpu"))
     held.release()
     assert f"Trained by other processes: {tmp_path / 'run1'}" in capsys.readouterr().out
-    assert not (tmp_path / "run1" / "begun").exists()
+    assert not (tmp_path / "run1" / "log.txt").exists()  # nor was it started in vain
     assert begun(tmp_path / "run2") == 1
 
 
