@@ -3,7 +3,7 @@
 It stands on what torch ships: `torchrun`, DistributedDataParallel, autocast and GradScaler.
 Lightning Fabric 2.6 was tried for it, and takes as many lines: its mixed precision casts the real
 data to half precision too, refuses to clip gradients where Adam is fused, turns fp16 into bf16 on
-a CPU, so that no test would see its scaler, and adds to every start a second of imports.
+a CPU, so that no test would see its scaler, and adds two seconds of imports to every start.
 """
 
 from __future__ import annotations
