@@ -15,7 +15,7 @@ from factordisc import Observations
 from support import processes
 from support.training import Machine, Run
 
-WHOLE = 30  # updates
+STOPPED, WHOLE = 5, 12  # updates
 
 
 def gradients_of_a_step():
@@ -99,7 +99,7 @@ def main(folder):
         "gradients": gradients_of_a_step(),
         "lacking": lacking_pairs(),
         "whole": whole_run(folder / "whole"),
-        "stopped": whole_run(folder / "parts", stopping=13),
+        "stopped": whole_run(folder / "parts", stopping=STOPPED),
         "resumed": whole_run(folder / "parts"),
     }
     torch.save(results, folder / f"{processes.rank()}.pt")

@@ -46,8 +46,6 @@ Regulariser = Callable[[nn.Module, Observations, Any], Tensor | None]
 Scores = Mapping[str, float]
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-# Updates between two questions to the other processes whether to stop or to save.
-AGREE_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -429,16 +427,19 @@ class Run:
         """
         training = self.training
         every = max(1, updates // max(1, scorings))
-        self._claim_folder()
-        bar = tqdm(
-            total=updates,
-            initial=training.update,
-            desc=self.title,
-            unit="update",
-            mininterval=1,
-            disable=not processes.is_first(),
-        )
-        with self._saving_when_stopped(), self._writer() as writer:
+        with (
+            self._claimed(),
+            self._saving_when_stopped(),
+            self._writer() as writer,
+            tqdm(
+                total=updates,
+                initial=training.update,
+                desc=self.title,
+                unit="update",
+                mininterval=1,
+                disable=not processes.is_first(),
+            ) as bar,
+        ):
             if training.update == 0:
                 self._score(writer)
             started, saved = time.perf_counter() - training.seconds, time.monotonic()
@@ -452,15 +453,12 @@ class Run:
                     bar.set_postfix({k: f"{v:.2f}" for k, v in self._latest().items()})
                 bar.update()
                 training.seconds = time.perf_counter() - started
-                if processes.count() == 1 or training.update % AGREE_EVERY == 0:
-                    due = time.monotonic() - saved > 60 * self.checkpoint_minutes
-                    stop, due = processes.agree(self.stopped, due)
-                    if due:
-                        self.save()
-                        saved = time.monotonic()
+                due = time.monotonic() - saved > 60 * self.checkpoint_minutes
+                stop, due = processes.agree(self.stopped, due)
+                if due:
+                    self.save()
+                    saved = time.monotonic()
             self.save()
-        bar.close()
-        self._release_folder()
         return training.update >= updates
 
     @contextmanager
@@ -493,10 +491,15 @@ class Run:
         if processes.is_first() and self._claim is None:
             self._claim = claim(self.folder)
 
-    def _release_folder(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        self._claim_folder()
+        try:
+            yield
+        finally:
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
 
     @contextmanager
     def _saving_when_stopped(self) -> Iterator[None]:
