@@ -2,8 +2,8 @@
 
 A generator makes whole days, in eight steps of three hours. A few of its training days are
 complete, all others were cut after 6, 12 or 18 hours. A GAN can use only the complete ones; an
-autoregressive, a Markov and a causal factorisation use everything (Stoller et al. (2020), Section
-2.4, Eq. 8 and 9).
+autoregressive, a Markov and a causal factorisation use everything (Stoller et al. (2020),
+Section A.3.2, Eq. 8 and 9).
 
     train     one model
     sweep     all models, for several numbers of complete days and several seeds
@@ -522,27 +522,29 @@ def describe() -> None:
         print(f"{PARTITION.names[step]}  " + "  ".join(f"{error:.2f}" for error in errors))
 
 
-def speed(settings: Settings = Settings(), updates: int = 20, repeats: int = 5) -> None:
-    """Prints how long an update of each model takes, with one thread: its time on the processor.
+def speed(settings: Settings = Settings(), timed: int = 20, repeats: int = 5) -> None:
+    """Prints how long an update of each model takes on the processor, with one thread.
 
     Args:
         settings: What all models share.
-        updates: How many updates are timed together.
+        timed: How many updates are timed together.
         repeats: How often; the least counts, since other processes only slow down.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     days, _ = split_weeks(airport_days())
     for model, generator in VARIANTS:
         run = replace(settings, model=model, generator=generator)
         training = make_training(run, days, Machine("cpu"))
         training.step()
-        times = []
+        milliseconds = []
         for _ in range(repeats):
             started = time.process_time()
-            for _ in range(updates):
+            for _ in range(timed):
                 training.step()
-            times.append(1000 * (time.process_time() - started) / updates)
-        print(f"{label(asdict(run))}: {min(times):.1f} ms", flush=True)
+            milliseconds.append(1000 * (time.process_time() - started) / timed)
+        print(f"{label(asdict(run))}: {min(milliseconds):.1f} ms", flush=True)
+    torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

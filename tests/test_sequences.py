@@ -433,3 +433,10 @@ def test_the_description_says_what_every_model_uses(capsys):
     assert "log p(18h, 21h) − log p(18h) − log p(21h)" in printed
     assert "0 00h:03h" in printed
     assert "177 days of the training weeks, 173 of the test weeks" in printed
+
+
+def test_the_speed_of_every_model_is_measured(capsys):
+    run("speed", "--batch-size", 16, "--timed", 1, "--repeats", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(sequences.VARIANTS)
+    assert all(float(line.split()[-2]) > 0 for line in lines)
