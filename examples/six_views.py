@@ -45,19 +45,6 @@ MODELS: tuple[Model, ...] = ("gan", "flat", "hierarchical")
 GROUPS = {"shape": ("fou", "zer"), "profile": ("fac", "mor"), "pixels": ("kar", "pix")}
 NOISE = 64  # uniform in [-1, 1]
 GENERATED = 2000  # objects per scoring
-COLUMNS = {
-    "model": "",
-    "complete": "",
-    "seed": "",
-    "c2st_views": ".3f",
-    "c2st_all": ".3f",
-    "frechet_views": ".2f",
-    "frechet_all": ".2f",
-    "agreement_within": ".3f",
-    "agreement_across": ".3f",
-    "label_distance": ".3f",
-    "seconds": ".0f",
-}
 
 
 @dataclass(frozen=True)
@@ -320,7 +307,7 @@ def sweep(
 
 
 def plot(out: Path = Path("out/six_views")) -> None:
-    """Draws the figure from the finished runs of a sweep, and prints their scores.
+    """Draws the figure from the finished runs of a sweep, and prints means and 95% intervals.
 
     Args:
         out: The folder of the sweep. figure.png and results.json are written there.
@@ -330,7 +317,7 @@ def plot(out: Path = Path("out/six_views")) -> None:
         raise SystemExit(f"{out} has no finished runs.")
     write_json(out / "results.json", rows)
     draw_scores(rows, out / "figure.png")
-    print(table(rows, COLUMNS))
+    print(table(summary(rows), dict.fromkeys(["model", "complete", "runs", *PANELS], "")))
 
 
 # What the figure shows: single views above, their dependence below.
@@ -355,6 +342,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns the mean over seeds, and half the width of its 95% interval; NaN for one seed."""
     half = confidence_interval(np.std(values, ddof=1), len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(half)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row per model and n: means over seeds and their 95% intervals, as text."""
+    lines = []
+    for model, n in product(MODELS, sorted({row["complete"] for row in rows})):
+        runs = [row for row in rows if (row["model"], row["complete"]) == (model, n)]
+        if runs:
+            scores = {key: interval([run[key] for run in runs]) for key in PANELS}
+            cells = {key: f"{mean:.3f} ± {half:.3f}" for key, (mean, half) in scores.items()}
+            lines.append({"model": model, "complete": n, "runs": len(runs), **cells})
+    return lines
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

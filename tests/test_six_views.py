@@ -286,4 +286,5 @@ def test_a_run_is_not_overwritten_and_goes_on_when_told_to(tmp_path, stand_in):
     with pytest.raises(SystemExit, match="holds a run already"):
         run("train", *tiny, "--updates", 5, "--out", tmp_path)
     run("train", *tiny, "--updates", 5, "--resume", "--out", tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text())["update"] == 5
+    history = json.loads((tmp_path / "result.json").read_text())["history"]
+    assert [scores["update"] for scores in history] == [0, 3, 5]
