@@ -192,15 +192,21 @@ def test_a_run_that_is_stopped_goes_on_and_is_evaluated_as_in_training(tmp_path,
     assert len(rows[0]["ls_values"]) == 2
     assert rows[0]["ls"] == pytest.approx(np.mean(rows[0]["ls_values"]))
     assert [point["update"] for point in rows[0]["history"]] == [0, 3, 6]
+    # it went on, with what was scored before, and did not start again
+    assert [point["update"] for point in rows[1]["history"]] == [0, 1, 2, 3, 6]
     sizes = rows[0]["parameters"]
     assert sizes["discriminator"] == 2 * table_5(4, 2) + table_5(1, 2) + table_5(3, 2)
     printed = capsys.readouterr().out
     assert f"generator {sizes['generator']:,}" in printed
     assert f"discriminator {sizes['discriminator']:,}" in printed
+    samples = torch.load(tmp_path / "whole" / "samples.pt")
+    (tmp_path / "whole" / "samples.pt").unlink()
     run("evaluate", "--checkpoint", tmp_path / "whole" / "checkpoint.pt", *options[:2])
     evaluation = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert evaluation["update"] == 6
-    # a scorer of half the threads, or with other noise, would give another number
+    again = torch.load(tmp_path / "whole" / "samples.pt")
+    assert torch.equal(again["generated"], samples["generated"])
+    assert torch.equal(again["real"], samples["real"])
     assert evaluation["ls"] == pytest.approx(rows[0]["ls"], rel=1e-4)
     assert (tmp_path / "whole" / "samples.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="holds a run already"):
