@@ -13,9 +13,11 @@ CycleGAN only the unpaired images, FactorGAN both.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +48,8 @@ from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
 
-Model = Literal["gan", "cyclegan", "factorgan"]
-MODELS: tuple[Model, ...] = ("gan", "cyclegan", "factorgan")
+Model = Literal["gan", "cyclegan", "factorgan", "factorgan-bounded"]
+MODELS: tuple[Model, ...] = ("gan", "cyclegan", "factorgan", "factorgan-bounded")
 PARTITION = Partition.fields("scene", "map")
 POOL = 50  # fakes that CycleGAN's discriminators remember
 SHOWN = 6  # scenes in a figure
@@ -120,31 +122,45 @@ def make_generator(settings: Settings) -> nn.Module:
 
 
 def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
-    """The three models differ in their factorisation, and CycleGAN in its generators."""
+    """The models differ in their factorisation, and CycleGAN in its generators."""
     parts = PARTITION.names
     if settings.model == "gan":
         factorisation = Factorisation.joint(parts)
-    elif settings.model == "factorgan":
-        # Equation 4: the generator is given scenes, so p and q agree on them.
-        factorisation = Factorisation.flat(parts, assuming=[shared("scene")])
-    else:
+    elif settings.model == "cyclegan":
         # Images that are not paired: all that can be compared is scenes and maps by themselves.
         factorisation = Factorisation.flat(
             parts, assuming=[independent(*parts, under=source) for source in ("p", "q")]
         )
+    else:
+        # Equation 4: the generator is given scenes, so p and q agree on them.
+        factorisation = Factorisation.flat(parts, assuming=[shared("scene")])
     networks = {
         term.name: make_critic(
             (3 * len(term.parts), settings.size, settings.size), settings.filters
         )
         for term in factorisation.terms
     }
-    joint = {term.name: stacked for term in factorisation.terms if len(term.parts) > 1}
-    return FactorisedDiscriminator(PARTITION, factorisation, networks, inputs=joint)
+    both = [term.name for term in factorisation.terms if len(term.parts) > 1]
+    logit = None
+    if settings.model == "factorgan-bounded":
+        logit = dict.fromkeys(both, partial(bounded, bound=math.log(settings.paired)))
+    inputs = dict.fromkeys(both, stacked)
+    return FactorisedDiscriminator(PARTITION, factorisation, networks, inputs=inputs, logit=logit)
 
 
 def stacked(scene: Tensor, map_: Tensor) -> Tensor:
     """Lays scene and map on top of each other, with shape (N, 6, S, S)."""
     return torch.cat([scene, map_], dim=1)
+
+
+def bounded(output: Tensor, bound: float) -> Tensor:
+    """Keeps the output (N, 1) of a dependency between -`bound` and `bound`, with shape (N,).
+
+    Not in the paper: asked about maps such as no pair has, the p-dependency answers with log
+    ratios far above those of its own pairs, which the generator then takes for success. The
+    dependency that n pairs show, when each part is permuted by itself, is at most log n.
+    """
+    return bound * torch.tanh(output.squeeze(1) / bound)
 
 
 def load_streets(
@@ -398,7 +414,7 @@ def sweep(
     machine: Machine = Machine(),
     out: Path = Path("out/segmentation"),
     root: Path | None = None,
-    models: tuple[Model, ...] = MODELS,
+    models: tuple[Model, ...] = ("gan", "cyclegan", "factorgan"),
     pairs: tuple[int, ...] = (25, 100, 500, 1000, 2975),
     seeds: tuple[int, ...] = (0,),
     processes: int = 1,

@@ -62,6 +62,7 @@ def test_the_models_have_the_terms_and_the_parameters_of_the_paper():
     expected = {
         "gan": {"joint": pair},
         "factorgan": {"map": marginal, "p_dependency": pair, "q_dependency": pair},
+        "factorgan-bounded": {"map": marginal, "p_dependency": pair, "q_dependency": pair},
         "cyclegan": {"scene": marginal, "map": marginal},
     }
     for model, terms in expected.items():
@@ -93,6 +94,21 @@ def test_discriminators_take_scene_and_map_and_generators_give_images(model):
         assert 0 <= each.min() <= each.max() <= 1
 
 
+def test_bounded_dependencies_stay_below_log_n_and_the_marginal_does_not():
+    torch.manual_seed(0)
+    d = segmentation.make_discriminator(Settings("factorgan-bounded", **SMALL)).eval()
+    free = segmentation.make_discriminator(Settings("factorgan", **SMALL)).eval()
+    free.load_state_dict(d.state_dict())
+    for scale in (1e-3, 1e3):
+        x = scale * torch.randn(8, 3, 32, 32), scale * torch.randn(8, 3, 32, 32)
+        terms, unbounded = d.terms(x), free.terms(x)
+        for name in ("p_dependency", "q_dependency"):
+            expected = unbounded[name] if scale < 1 else unbounded[name].sign() * np.log(5)
+            torch.testing.assert_close(terms[name], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(terms["map"], unbounded["map"])
+    assert terms["map"].abs().max() > np.log(5)
+
+
 # --- data ---
 
 
@@ -106,6 +122,7 @@ def test_each_model_sees_what_it_may(train_pairs):
         "gan": {"joint"},
         "cyclegan": {"scene", "map"},
         "factorgan": {"joint", "scene", "map"},
+        "factorgan-bounded": {"joint", "scene", "map"},
     }
 
 
@@ -165,6 +182,22 @@ def test_the_generator_is_given_all_scenes_where_there_are_unpaired_ones():
 def test_more_pairs_than_there_are_are_refused(root):
     with pytest.raises(ValueError, match="between 1 and all 12 pairs, but got 13"):
         run("train", "--root", root, "--smoke", "--paired", 13, "--device", "cpu")
+
+
+def test_cyclegan_alone_has_cycle_losses_and_a_pool_of_fakes(train_pairs, monkeypatch):
+    calls, pools = [], {}
+
+    def cycle_loss(noise):
+        return lambda generator, real, fake: calls.append((noise, set(real), len(fake)))
+
+    monkeypatch.setattr(segmentation, "CycleLoss", cycle_loss)
+    for model in segmentation.MODELS:
+        settings = Settings(model, **SMALL)
+        training = segmentation.make_training(settings, train_pairs, Machine("cpu"))
+        training.step()
+        pools[model] = training.pool.size if training.pool else 0
+    assert calls == [(NOISE, {"scene", "map"}, 2)]
+    assert pools == {"gan": 0, "cyclegan": 50, "factorgan": 0, "factorgan-bounded": 0}
 
 
 # --- scores ---

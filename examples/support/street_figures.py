@@ -13,7 +13,13 @@ from torch import Tensor
 from support import figures
 from support.images import unit
 
-LABELS = {"gan": "GAN", "cyclegan": "CycleGAN", "factorgan": "FactorGAN"}
+LABELS = {
+    "gan": "GAN",
+    "cyclegan": "CycleGAN",
+    "factorgan": "FactorGAN",
+    "factorgan-bounded": "FactorGAN, bounded",
+}
+COLOURS = {**figures.COLOURS, "factorgan-bounded": "#56B4E9"}
 
 # By the key of a score: its name in examples/published/, and the label of its axis.
 PANELS = {
@@ -41,14 +47,14 @@ def draw_figure4(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             numbers |= {int(point["paired"]) for point in published}
         for axis, (key, (metric, label)) in zip(pair, PANELS.items(), strict=True):
             for model, name in LABELS.items():
-                colour = figures.COLOURS[model]
+                colour = COLOURS[model]
                 chosen = [row for row in alike if row["model"] == model]
                 level = model == "cyclegan"  # it sees no pairs
                 figures.draw_against(axis, chosen, "paired", key, name, colour, level=level)
                 points = [
                     (float(point["paired"]), float(point[model]))
                     for point in published
-                    if data == "cityscapes" and point["metric"] == metric and point[model]
+                    if data == "cityscapes" and point["metric"] == metric and point.get(model)
                 ]
                 figures.draw_published(axis, points, name, colour)
             axis.set(xscale="log", xlabel="pairs n", ylabel=label)
