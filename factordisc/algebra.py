@@ -18,6 +18,7 @@ from factordisc.densities import (
     Shared,
     Symbol,
     add_to,
+    agreement,
     between,
     check_source,
     expression_of,
@@ -85,7 +86,12 @@ class Algebra:
         # Splitting a set comes before q -> p: the order in which the forms apply them.
         splits = [a for a in self.assuming if not isinstance(a, Shared)]
         shares = [a for a in self.assuming if isinstance(a, Shared)]
-        self.rules = [a.rule(self.position) for a in (*splits, *shares)]
+        given = [a for a in shares if a.given]
+        self.rules = [a.rule(self.position) for a in (*splits, *given)]
+        if len(given) < len(shares):
+            simple = (a for a in shares if not a.given)
+            self.rules.append(agreement(simple, self.position))
+        self.meetings = [a.meets(self.position) for a in splits if isinstance(a, Independent)]
         # A marginal over any other part cannot be zero: let that part be independent under p,
         # and its distribution under q is free.
         self.agreed = 0
@@ -235,10 +241,8 @@ class Algebra:
         pieces = [unit & mask for unit in units if unit & mask]
         if len(pieces) < 2:  # one unit depends on nothing
             return Counter()
-        for assumption in self.assuming:
-            if not isinstance(assumption, Independent):
-                continue
-            met = assumption.met((source, mask), self.position)
+        for meets in self.meetings:
+            met = meets((source, mask))
             if met is None:
                 continue
             given, blocks = met

@@ -162,19 +162,36 @@ class Independent:
     def parts(self) -> tuple[str, ...]:
         return tuple(part for block in self.blocks for part in block) + self.given
 
-    def met(self, symbol: Symbol, position: Mapping[str, int]) -> tuple[int, list[int]] | None:
-        """Returns the given parts and the blocks into which a set falls, if it falls apart."""
-        source, parts = symbol
+    def meets(
+        self, position: Mapping[str, int]
+    ) -> Callable[[Symbol], tuple[int, list[int]] | None]:
+        """Returns what says of a set whether it falls apart: the given parts, and its blocks."""
         given, covered = mask_of(self.given, position), mask_of(self.parts, position)
-        if source != self.under or not between(given, parts, covered):
-            return None
-        blocks = [parts & mask_of(block, position) for block in self.blocks]
-        blocks = [block for block in blocks if block]
-        return (given, blocks) if len(blocks) > 1 else None
+        block_of = {
+            1 << position[name]: mask_of(block, position)
+            for block in self.blocks
+            for name in block
+        }
+
+        def met(symbol: Symbol) -> tuple[int, list[int]] | None:
+            source, parts = symbol
+            if source != self.under or not between(given, parts, covered):
+                return None
+            blocks = []
+            rest = parts & ~given
+            while rest:
+                block = block_of[rest & -rest]
+                blocks.append(parts & block)
+                rest &= ~block
+            return (given, blocks) if len(blocks) > 1 else None
+
+        return met
 
     def rule(self, position: Mapping[str, int]) -> Rule:
+        meets = self.meets(position)
+
         def rewrite(symbol: Symbol) -> Expression | None:
-            met = self.met(symbol, position)
+            met = meets(symbol)
             if met is None:
                 return None
             given, blocks = met
@@ -304,6 +321,23 @@ def markov(order: int, under: str) -> Markov:
         raise ValueError(f"`order` of markov is an integer of at least 1, but got {order!r}.")
     check_source(under, "`under` of markov")
     return Markov(order, under)
+
+
+def agreement(shares: Iterable[Shared], position: Mapping[str, int]) -> Rule:
+    """One rule for all parts that are shared without conditions, however many."""
+    containing: dict[int, list[int]] = {}
+    for share in shares:
+        agreed = mask_of(share.agreed, position)
+        for name in share.agreed:
+            containing.setdefault(1 << position[name], []).append(agreed)
+
+    def rewrite(symbol: Symbol) -> Expression | None:
+        source, parts = symbol
+        if source == "q" and any(not parts & ~m for m in containing.get(parts & -parts, ())):
+            return {("p", parts): 1}
+        return None
+
+    return rewrite
 
 
 def part_names(value: str | Iterable[str], what: str) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ class Slices(Along):
         self.length = sum(sizes.values())
         starts = np.cumsum([0, *sizes.values()])
         self.spans = {name: (int(starts[i]), int(starts[i + 1])) for i, name in enumerate(sizes)}
+        self.neighbours: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 
     def __repr__(self) -> str:
         return f"Partition({self.sizes}, dim={self.dim})"
@@ -118,20 +119,26 @@ class Slices(Along):
     def take(self, x: Array, names: tuple[str, ...]) -> Array:
         if names == self.names:
             return x
-        runs: list[tuple[int, int]] = []
-        for name in names:
-            start, stop = self.spans[name]
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((start, stop))
         axis = self.axis(x)
-        pieces = [narrow(x, axis, start, stop) for start, stop in runs]
+        ends = [(self.spans[run[0]][0], self.spans[run[-1]][1]) for run in self.runs(names)]
+        pieces = [narrow(x, axis, start, stop) for start, stop in ends]
         if len(pieces) == 1:
             return pieces[0]
         if isinstance(x, np.ndarray):
             return np.concatenate(cast("list[npt.NDArray[Any]]", pieces), axis=axis)
         return torch.cat(cast("list[Tensor]", pieces), dim=axis)
+
+    def runs(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Divides parts, in their order, into neighbours: `take` gives a view of each run."""
+        if names not in self.neighbours:
+            runs: list[list[str]] = []
+            for name in names:
+                if runs and self.spans[runs[-1][-1]][1] == self.spans[name][0]:
+                    runs[-1].append(name)
+                else:
+                    runs.append([name])
+            self.neighbours[names] = [tuple(run) for run in runs]
+        return self.neighbours[names]
 
     def join(self, parts: Mapping[str, Array]) -> Array:
         return self.concatenate(parts, self.sizes)
@@ -317,6 +324,10 @@ class Boxes:
             return recombined(self, x, orders)
         return self.join({n: select_rows(a, orders[n]) for n, a in self.split(x).items()})
 
+    def runs(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Divides parts into sets that `take` gives a view of."""
+        return [names] if self.restrict(names).whole else [(name,) for name in names]
+
     def restrict(self, names: tuple[str, ...]) -> Boxes:
         if names not in self.restricted:
             self.restricted[names] = Boxes({name: self.boxes[name] for name in names})
@@ -397,12 +408,11 @@ class Fields:
         return Fields(names)
 
 
-def recombined(layout: Layout, x: Array, orders: Mapping[str, Tensor]) -> Array:
+def recombined(layout: Slices | Boxes, x: Array, orders: Mapping[str, Tensor]) -> Array:
     """Makes rows of parts that are views of one array, each in an order of its own."""
-    parts = layout.split(x)
     if isinstance(x, np.ndarray) or x.requires_grad:
-        rows = {name: select_rows(part, orders[name]) for name, part in parts.items()}
-        return cast(Array, layout.join(rows))
+        parts = layout.split(x)
+        return cast(Array, layout.join({n: select_rows(parts[n], orders[n]) for n in parts}))
     # Straight into the result: half the time of parts that are concatenated afterwards.
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     drawn = torch.empty(
@@ -411,9 +421,15 @@ def recombined(layout: Layout, x: Array, orders: Mapping[str, Tensor]) -> Array:
         device=x.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
-    for name, place in layout.split(drawn).items():
-        order = orders[name].to(x.device, non_blocking=True)
-        torch.index_select(cast(Tensor, parts[name]), 0, order, out=cast(Tensor, place))
+    # The parts of a block share an order: neighbours are taken at once, not part by part.
+    blocks: dict[int, list[str]] = {}
+    for name in layout.names:
+        blocks.setdefault(id(orders[name]), []).append(name)
+    for block in blocks.values():
+        order = orders[block[0]].to(x.device, non_blocking=True)
+        for names in layout.runs(tuple(block)):
+            part, place = layout.take(x, names), layout.take(drawn, names)
+            torch.index_select(cast(Tensor, part), 0, order, out=cast(Tensor, place))
     return drawn
 
 
