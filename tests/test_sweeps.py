@@ -45,6 +45,8 @@ with claim(given.out):
         sys.exit()
     (given.out / "begun").open("a").write("x")
     time.sleep(0.3)
+    if given.number == 7:
+        sys.exit()  # as one that was stopped and has saved
     if given.number == 13:
         sys.exit("a number that brings bad luck")
     result.write_text(json.dumps({{"updates": given.updates}}))
@@ -96,6 +98,13 @@ def test_runs_that_shall_be_longer_go_on(script, tmp_path):
         runs = runs_of(tmp_path, 1, updates=updates)
         sweep(script, runs, Machine("cpu"))
         assert begun(tmp_path / "run1") == expected
+
+
+def test_once_a_run_was_stopped_no_other_is_begun(script, tmp_path, capsys):
+    runs = runs_of(tmp_path, 1, 7, 2)
+    sweep(script, runs, Machine("cpu"))
+    assert "Stopped and saved. The same command goes on." in capsys.readouterr().out
+    assert [(folder / "begun").exists() for folder in runs] == [True, True, False]
 
 
 def test_failed_runs_are_named_after_the_others_are_done(script, tmp_path):

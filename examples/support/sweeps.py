@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from threading import Event
 from typing import Any, get_type_hints
 
 from tqdm.auto import tqdm
@@ -35,6 +36,8 @@ def sweep(
 ) -> None:
     """Trains runs; finished ones are skipped and interrupted ones go on.
 
+    Ctrl-C reaches the runs too, which save; once a run was stopped, no other is begun.
+
     Args:
         script: The script, with a command `train` that takes the settings, the machine, `--out`
             and `--resume`, and writes result.json with the settings at the end.
@@ -53,20 +56,27 @@ def sweep(
     # Runs side by side that each took all cores would mostly wait for each other.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
+    stopped = Event()
+
     def launch(folder: Path) -> int:
-        if is_claimed(folder) or is_finished(folder, runs[folder]):
+        if stopped.is_set() or is_claimed(folder) or is_finished(folder, runs[folder]):
             return 0
         command = [sys.executable, str(script), "train", "--resume", "--out", str(folder)]
         for part in (arguments(runs[folder]), arguments(machine), flags(options or {})):
             command += part
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a") as log:
-            return subprocess.run(
+            code = subprocess.run(
                 command, stdout=log, stderr=log, env={**threads, **os.environ}, check=False
             ).returncode
+        if code == 0 and not is_finished(folder, runs[folder]):
+            stopped.set()
+        return code
 
     with ThreadPoolExecutor(processes) as pool:
         codes = list(tqdm(pool.map(launch, todo), total=len(todo), desc="sweep", unit="run"))
+    if stopped.is_set():
+        print("Stopped and saved. The same command goes on.")
     # one that could not claim its folder has not failed: another process trains it
     elsewhere = [folder for folder in todo if is_claimed(folder)]
     if elsewhere:
