@@ -79,7 +79,7 @@ class FakePool:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the fakes in the pool; the state of `rng` is its owner's."""
-        return {"filled": self.filled, "stored": self.stored}
+        return {"filled": self.filled, "stored": [stored.cpu() for stored in self.stored]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on with the fakes of another pool."""
