@@ -361,13 +361,13 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
     spots = [axes[0, 0], axes[0, 1], axes[0, 2], *axes[1]]
     for axis, (key, title) in zip(spots, PANELS.items(), strict=True):
-        for model in MODELS:
+        for i, model in enumerate(MODELS):
             chosen = [row for row in rows if row["model"] == model]
             numbers = sorted({row["complete"] for row in chosen})
             points = [interval([r[key] for r in chosen if r["complete"] == n]) for n in numbers]
             means, halves = zip(*points, strict=True) if points else ((), ())
             axis.errorbar(
-                numbers,
+                [n * 1.04 ** (i - 1) for n in numbers],  # bars beside each other
                 means,
                 halves,
                 fmt="o-",
@@ -379,9 +379,10 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         real = np.mean([row["real"][key] for row in rows])
         axis.axhline(real, color="0.4", ls="--", lw=1, label="real objects")
         axis.set(xscale="log", title=title, xlabel="complete objects n")
+        axis.set_yscale("log" if key.startswith("frechet") else "linear")
         ticks = sorted({row["complete"] for row in rows})
         axis.set_xticks(ticks, map(str, ticks))
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0, 3].axis("off")
     axes[0, 3].legend(*spots[0].get_legend_handles_labels(), loc="center")
