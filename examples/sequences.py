@@ -407,8 +407,11 @@ def plot(out: Path = Path("out/sequences")) -> None:
     floor = Scores(test_days).of(training_days.numpy())
     draw_scores(rows, floor, out / "scores.png")
     fewest = min(row["complete"] for row in rows)
-    one_each = {(row["generator"], row["model"]): row for row in rows if row["complete"] == fewest}
-    draw_days_of(list(one_each.values()), test_days, out / "days.png")
+    first: dict[str, Mapping[str, Any]] = {}  # the first seed of each
+    for row in sorted(rows, key=lambda r: (_place(r), r["seed"])):
+        if row["complete"] == fewest:
+            first.setdefault(label(row), row)
+    draw_days_of(list(first.values()), test_days, out / "days.png")
     print(table(summarised(rows), dict.fromkeys(("model", "n", *METRICS), "")))
 
 
@@ -417,13 +420,19 @@ def label(row: Mapping[str, Any]) -> str:
     return row["model"] + (", Markov generator" if row["generator"] == "markov" else "")
 
 
+def _place(row: Mapping[str, Any]) -> tuple[bool, int]:
+    """Returns where a run's model stands in tables and figures."""
+    return row["generator"] != "recurrent", MODELS.index(row["model"])
+
+
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Returns a row per model and n: mean and 95% interval over seeds of every metric."""
-    cells = dict.fromkeys((row["generator"], row["model"], row["complete"]) for row in rows)
+    cells: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: (r["complete"], _place(r))):
+        cells.setdefault((row["complete"], label(row)), []).append(row)
     summary = []
-    for cell in sorted(cells, key=lambda c: (c[2], c[0] != "recurrent", MODELS.index(c[1]))):
-        runs = [r for r in rows if (r["generator"], r["model"], r["complete"]) == cell]
-        line = {"model": label(runs[0]), "n": str(cell[2])}
+    for (number, name), runs in cells.items():
+        line = {"model": name, "n": str(number)}
         for key in METRICS:
             mean, half = interval([run[key] for run in runs])
             line[key] = f"{mean:.3f} ± {half:.3f}"
@@ -440,34 +449,36 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float], path: Path) -> None:
-    """Draws every metric against the number of complete days: mean and 95% interval."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    """Draws every metric against the number of complete days: seeds, mean and 95% interval."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     series: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda r: (r["generator"] != "recurrent", r["model"])):
+    for row in sorted(rows, key=_place):
         series.setdefault(label(row), []).append(row)
+    ticks = sorted({row["complete"] for row in rows})
     for axis, (key, title) in zip(axes.flat, METRICS.items(), strict=True):
         for i, (name, runs) in enumerate(series.items()):
+            aside = 1.05 ** (i - (len(series) - 1) / 2)  # beside each other
+            style = {"color": COLOURS[runs[0]["model"]]}
+            style["linestyle"] = "-" if runs[0]["generator"] == "recurrent" else "--"
             numbers = sorted({run["complete"] for run in runs})
             points = [interval([r[key] for r in runs if r["complete"] == n]) for n in numbers]
-            axis.errorbar(
-                [n * 1.03 ** (i - len(series) / 2) for n in numbers],  # beside each other
-                [mean for mean, _ in points],
-                [half for _, half in points],
-                marker="o",
-                ms=4,
-                capsize=3,
-                color=COLOURS[runs[0]["model"]],
-                linestyle="-" if runs[0]["generator"] == "recurrent" else "--",
-                label=name,
-            )
+            means, halves = zip(*points, strict=True)
+            places = [n * aside for n in numbers]
+            axis.errorbar(places, means, halves, marker="o", ms=6, capsize=3, label=name, **style)
+            places = [run["complete"] * aside * 1.015 for run in runs]
+            seeds = [run[key] for run in runs]
+            axis.plot(places, seeds, "k.", ms=4, label=None if i else "a single run")
         axis.axhline(floor[key], color="grey", ls=":", label="real days of the training weeks")
-        ticks = sorted({row["complete"] for row in rows})
-        axis.set(xscale="log", xlabel="complete days n", ylabel=f"{title}; lower is better")
+        # by the runs: of three seeds, an interval may be wider than what a score can be
+        values = [floor[key], *(row[key] for row in rows)]
+        margin = 0.15 * (max(values) - min(values))
+        axis.set_ylim(max(0, min(values) - margin), max(values) + margin)
+        axis.set(xscale="log", xlabel="complete days n", title=title, ylabel="lower is better")
         axis.set_xticks(ticks, [str(n) for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
@@ -479,19 +490,18 @@ def draw_days_of(rows: Sequence[Mapping[str, Any]], real: Tensor, path: Path) ->
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.6 * across, 3 * down), layout="constrained")
-    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(down, across, sharey=True, squeeze=False)
     for axis, (title, days) in zip(axes.flat, panels.items(), strict=False):
         for i, day in enumerate(days):
             axis.plot(range(HOURS), day, lw=0.8, color=colormaps["viridis"](i / len(days)))
         axis.axvline(LATE - 0.5, color="grey", ls=":", lw=1)
         axis.set_title(title, fontsize=9)
+        axis.set(xlabel="hour of the day", xticks=range(0, HOURS, 6))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("temperature (°C)")
-    for axis in axes[-1]:
-        axis.set(xlabel="hour of the day", xticks=range(0, HOURS, 6))
     _save(figure, path)
 
 
