@@ -359,7 +359,10 @@ def settled(settings: Settings, smoke: bool) -> Settings:
 def evaluate(
     checkpoint: Path, device: str = Machine.device, root: Path | None = None
 ) -> dict[str, Any]:
-    """Scores the generator of a checkpoint, and writes evaluation.json and its predictions.
+    """Scores a checkpoint, and writes evaluation.json and its predictions beside it.
+
+    Besides error and accuracy it says what the discriminator's terms make of real pairs and of
+    predicted maps: see `mean_log_ratios`.
 
     Args:
         checkpoint: A checkpoint.pt that `train` wrote.
@@ -368,15 +371,48 @@ def evaluate(
     """
     saved = load_checkpoint(checkpoint)
     settings = Settings(**saved["settings"])
-    _, validation, palette = load_streets(settings, root)
+    pairs, validation, palette = load_streets(settings, root)
     generator = make_generator(settings).to(device).eval()
     generator.load_state_dict(saved["training"]["result"])
+    discriminator = make_discriminator(settings).to(device).eval()
+    discriminator.load_state_dict(saved["training"]["discriminator"])
     scores = Scores(validation, palette, torch.device(device))
-    row = make_row(settings, scores(generator), update=saved["training"]["update"])
+    samples = {
+        "validation pairs": (scores.scenes, scores.maps),
+        "predicted maps": (scores.scenes, predict(generator, scores.scenes)),
+    }
+    if settings.paired:
+        chosen = subset(settings.paired, len(pairs.a), settings.seed)
+        samples["training pairs"] = tuple(unit(images[chosen]).to(device) for images in pairs)
+    ratios = [
+        {"samples": name, **mean_log_ratios(discriminator, batch)}
+        for name, batch in samples.items()
+    ]
+    more = {"log_ratios": ratios, "update": saved["training"]["update"]}
+    row = make_row(settings, scores(generator), **more)
     write_json(checkpoint.parent / "evaluation.json", row)
     scores.save(generator, row, checkpoint.parent)
     print(f"update {row['update']}: MSE {row['mse']:.4f}, accuracy {row['accuracy']:.1f}%")
+    print(table(ratios, {key: "" if key == "samples" else ".1f" for key in ratios[0]}))
     return row
+
+
+@torch.no_grad()
+def mean_log_ratios(
+    discriminator: FactorisedDiscriminator, batch: tuple[Tensor, ...]
+) -> dict[str, float]:
+    """Returns the mean log ratio of each term and of all together, in nats.
+
+    A discriminator that is right about maps as they are predicted gives them no more than
+    real ones; the p-dependency has been shown real maps only, and may.
+
+    Args:
+        discriminator: The discriminator.
+        batch: Scenes and maps, of which the first 50 count.
+    """
+    first = tuple(images[:SCORED_AT_ONCE] for images in batch)
+    terms = {"all": discriminator(first), **discriminator.terms(first)}
+    return {name: ratios.mean().item() for name, ratios in terms.items()}
 
 
 def baselines(

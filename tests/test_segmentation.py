@@ -284,12 +284,23 @@ def test_all_models_train_are_resumed_evaluated_and_drawn(root, tmp_path, capsys
         for key in ("mse", "accuracy", "accuracy_unambiguous"):
             assert evaluation[key] == pytest.approx(result[key], rel=1e-5)
         assert (folder / "predictions.png").stat().st_size > 10_000
+        assert_log_ratios_add_up(evaluation["log_ratios"], model)
     capsys.readouterr()
     run("plot", "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert all(model in printed for model in segmentation.MODELS)
     written = {path.name for path in (tmp_path / "out").glob("*.*")}
     assert written == {"figure4.png", "figure5-cityscapes32-n5-seed0.png", "results.json"}
+
+
+def assert_log_ratios_add_up(rows, model):
+    kinds = {"validation pairs", "predicted maps", "training pairs"}
+    assert {row.pop("samples") for row in rows} == (
+        kinds - {"training pairs"} if model == "cyclegan" else kinds
+    )
+    for row in rows:
+        total = row.pop("all")
+        assert total == pytest.approx(sum(row.values()) - 2 * row.get("q_dependency", 0), abs=1e-5)
 
 
 @pytest.mark.parametrize("model", ["factorgan", "cyclegan"])
