@@ -87,6 +87,8 @@ class Settings:
     """Of Adam, with betas (0.5, 0.999)."""
     discriminator_updates: int = 2
     """Updates of the discriminators for each of the generator."""
+    average: float = 0.0
+    """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     filters: int = 32
     """Of the first layer, in the generator and in the discriminators."""
     scorings: int = 4
@@ -212,6 +214,7 @@ def make_training(
         settings.discriminator_updates,
         settings.seed,
         machine,
+        settings.average,
     )
 
 
