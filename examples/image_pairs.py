@@ -11,9 +11,11 @@ single images of either kind. A GAN can use only the pairs, FactorGAN uses every
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,14 +35,14 @@ from factordisc import (
 from support import figures
 from support.images import PARTS, Name, PairedImages, UnitImages, load_pairs, subset
 from support.least_squares import LeastSquaresDistance, confidence_interval
-from support.networks import NOISE, make_critic, make_generator
+from support.networks import NOISE, bounded, make_critic, make_generator
 from support.pair_figures import LABELS, draw_figure2, draw_pairs, pictures
 from support.results import environment, read_rows, table, write_json, write_tensors
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 
-Model = Literal["gan", "gan-big", "factorgan"]
-MODELS: tuple[Model, ...] = ("gan", "gan-big", "factorgan")
+Model = Literal["gan", "gan-big", "factorgan", "factorgan-bounded"]
+MODELS: tuple[Model, ...] = ("gan", "gan-big", "factorgan")  # of the paper
 SIZE = 64
 SHOWN = 12  # pairs in a figure of samples
 COLUMNS = {
@@ -61,7 +63,8 @@ class Settings:
 
     model: Model = "factorgan"
     """gan-big has twice the filters in every layer of its discriminator, which makes it as large
-    as the four of factorgan together."""
+    as the four of factorgan together. factorgan-bounded is not in the paper: it keeps the outputs
+    of both dependencies within log n nats."""
     data: Name = "edges2shoes"
     paired: int | Literal["all"] = 100
     """The number n of complete samples."""
@@ -105,14 +108,20 @@ def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
     """The models differ in nothing but their factorisation and, for gan-big, their filters."""
     channels = PARTS[settings.data]
     partition = Partition(channels, dim=1)
-    form = Factorisation.flat if settings.model == "factorgan" else Factorisation.joint
-    factorisation = form(partition.names)
+    if settings.model in ("gan", "gan-big"):
+        factorisation = Factorisation.joint(partition.names)
+    else:
+        factorisation = Factorisation.flat(partition.names)
     filters = settings.discriminator_filters * (2 if settings.model == "gan-big" else 1)
     networks = {
         term.name: make_critic((sum(channels[part] for part in term.parts), SIZE, SIZE), filters)
         for term in factorisation.terms
     }
-    return FactorisedDiscriminator(partition, factorisation, networks)
+    logit = None
+    if settings.model == "factorgan-bounded":
+        bound = partial(bounded, bound=math.log(settings.paired))
+        logit = {term.name: bound for term in factorisation.terms if len(term.parts) > 1}
+    return FactorisedDiscriminator(partition, factorisation, networks, logit=logit)
 
 
 def load_observations(
@@ -121,7 +130,7 @@ def load_observations(
     """The n pairs, and for FactorGAN every image of all pairs by itself."""
     joint = pairs.joined()[subset(settings.paired, len(pairs.a), settings.seed)]
     datasets: dict[Any, Any] = {"joint": UnitImages(joint)}
-    if settings.model == "factorgan":
+    if settings.model not in ("gan", "gan-big"):
         datasets |= zip(PARTS[settings.data], map(UnitImages, pairs), strict=True)
     with warnings.catch_warnings():
         # Fewer pairs than a batch are what this experiment is about.
@@ -370,7 +379,7 @@ def plot(out: Path = Path("out/image_pairs")) -> None:
         raise SystemExit(f"{out} has no finished runs.")
     rows = read_rows(paths)
     folders = {folder_name(row): path.parent for row, path in zip(rows, paths, strict=True)}
-    rows.sort(key=lambda r: (r["data"], r["paired"], MODELS.index(r["model"]), r["seed"]))
+    rows.sort(key=lambda r: (r["data"], r["paired"], list(LABELS).index(r["model"]), r["seed"]))
     write_json(out / "results.json", rows)
     draw_figure2(rows, out / "figure2.png")
     for (data, n), group in groupby(rows, key=lambda row: (row["data"], row["paired"])):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_the_large_gan_matches_the_size_of_factorgan(data):
         for model in ("gan-big", "factorgan")
     )
     assert big == pytest.approx(factorgan, rel=0.01)
+
+
+def test_bounded_dependencies_say_at_most_the_logarithm_of_the_number_of_pairs():
+    d = image_pairs.make_discriminator(
+        Settings("factorgan-bounded", paired=50, discriminator_filters=2)
+    )
+    terms = d.terms(1000 * torch.rand(8, 4, 64, 64))  # far from any image
+    for name in ("p_dependency", "q_dependency"):
+        assert 0 < terms[name].abs().max() <= math.log(50) + 1e-6
+    assert terms["photo"].abs().max() > math.log(50)
 
 
 # --- data ---

@@ -1,11 +1,13 @@
 """The convolutional networks against Tables 4 and 5, layer by layer."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from support.networks import make_critic, make_generator
+from support.networks import bounded, make_critic, make_generator
 
 
 def parameters(network):
@@ -114,3 +116,13 @@ def test_logits_take_either_sign():
 def test_sizes_that_cannot_be_halved_five_times_are_refused():
     with pytest.raises(ValueError, match=r"multiples of 32.*but got the shape \(3, 48, 64\)"):
         make_critic((3, 48, 64))
+
+
+def test_bounded_logits_stay_within_their_bound_and_keep_small_ones():
+    logits = torch.tensor([[-100.0], [-0.01], [0.0], [0.01], [2.0], [100.0]], requires_grad=True)
+    values = bounded(logits, 3.0)
+    expected = torch.tensor([-3, -0.01, 0, 0.01, 3 * math.tanh(2 / 3), 3])
+    torch.testing.assert_close(values.detach(), expected)
+    values.sum().backward()
+    assert logits.grad[2] == 1
+    assert logits.grad[4] > 0

@@ -12,14 +12,21 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from support.figures import COLOURS, draw_published, draw_samples, read_published, save
+from support import figures
+from support.figures import draw_published, draw_samples, read_published, save
 from support.images import PARTS, Name, unit
 from support.least_squares import confidence_interval
 
-LABELS = {"gan": "GAN", "gan-big": "GAN (big)", "factorgan": "FactorGAN"}
+LABELS = {
+    "gan": "GAN",
+    "gan-big": "GAN (big)",
+    "factorgan": "FactorGAN",
+    "factorgan-bounded": "FactorGAN, bounded",
+}
 TITLES: dict[Name, str] = {"edges2shoes": "Edges2Shoes", "cityscapes": "Cityscapes"}
 # Of one number of pairs, the models are drawn side by side, so that no bar hides another.
-SHIFTS = {"gan": 0.93, "gan-big": 1.0, "factorgan": 1.07}
+SHIFTS = {"gan": 0.9, "gan-big": 0.97, "factorgan": 1.03, "factorgan-bounded": 1.1}
+COLOURS = {**figures.COLOURS, "factorgan-bounded": "#56B4E9"}
 
 
 def pictures(images: Tensor, data: Name) -> Tensor:
