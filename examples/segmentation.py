@@ -43,7 +43,13 @@ from support.images import PairedImages, UnitImages, subset, unit
 from support.labels import Palette, mean_squared_error, pixel_accuracy
 from support.networks import NOISE, make_critic
 from support.results import environment, read_rows, table, write_json, write_tensors
-from support.street_figures import LABELS, draw_figure4, draw_figure5, image
+from support.street_figures import (
+    LABELS,
+    draw_figure4,
+    draw_figure5,
+    draw_learning_curves,
+    image,
+)
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
@@ -489,14 +495,15 @@ def plot(out: Path = Path("out/segmentation")) -> None:
     """Draws Figures 4 and 5 from the finished runs of a sweep, and prints their scores.
 
     Args:
-        out: The folder of the sweep. figure4.png, results.json and a comparison of the models
-            per data set, number of pairs and seed are written there.
+        out: The folder of the sweep. figure4.png, curves.png, results.json and a comparison of
+            the models per data set, number of pairs and seed are written there.
     """
     rows = read_rows(sorted(out.glob("*/result.json")))
     if not rows:
         raise SystemExit(f"{out} has no finished runs.")
     write_json(out / "results.json", rows)
     draw_figure4(rows, out / "figure4.png")
+    draw_learning_curves(rows, out / "curves.png")
     for group in sorted({(row["data"], row["size"], row["seed"]) for row in rows}):
         data, size, seed = group
         alike = [row for row in rows if (row["data"], row["size"], row["seed"]) == group]

@@ -290,7 +290,8 @@ def test_all_models_train_are_resumed_evaluated_and_drawn(root, tmp_path, capsys
     printed = capsys.readouterr().out
     assert all(model in printed for model in segmentation.MODELS)
     written = {path.name for path in (tmp_path / "out").glob("*.*")}
-    assert written == {"figure4.png", "figure5-cityscapes32-n5-seed0.png", "results.json"}
+    drawn = {"figure4.png", "curves.png", "figure5-cityscapes32-n5-seed0.png"}
+    assert written == {*drawn, "results.json"}
 
 
 def assert_log_ratios_add_up(rows, model):

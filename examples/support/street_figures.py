@@ -72,15 +72,41 @@ def draw_figure4(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figures.save(figure, path)
 
 
+def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws error and accuracy over the updates: a line per run, a row of axes per data set."""
+    sets = sorted({(row["data"], row["size"]) for row in rows})
+    figure, axes = figures.plt.subplots(
+        len(sets), 2, figsize=(10, 0.8 + 3.2 * len(sets)), layout="constrained", squeeze=False
+    )
+    for row in rows:
+        pair = axes[sets.index((row["data"], row["size"]))]
+        updates = [point["update"] for point in row["history"]]
+        for axis, key in zip(pair, ("mse", "accuracy"), strict=True):
+            scores = [point[key] for point in row["history"]]
+            axis.plot(updates, scores, ".-", color=COLOURS[row["model"]])
+    for (data, size), pair in zip(sets, axes, strict=True):
+        for axis, label in zip(pair, (PANELS["mse"][1], "pixel accuracy (%)"), strict=True):
+            axis.set(xlabel="updates of the generator", ylabel=label)
+            axis.set_title(f"{data}, {size} x {size}")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    for model, name in LABELS.items():
+        if any(row["model"] == model for row in rows):
+            axes[0, 0].plot([], [], ".-", color=COLOURS[model], label=name)
+    figure.legend(loc="outside right center")
+    figures.save(figure, path)
+
+
 def draw_figure5(shown: Mapping[str, Tensor], path: Path) -> None:
     """Draws rows of images (N, 3, S, S), uint8, each under its title."""
     number = len(next(iter(shown.values())))
     figure, axes = figures.plt.subplots(
-        len(shown), 1, figsize=(9, (0.3 + 9 / number) * len(shown)), layout="constrained"
+        len(shown), 1, figsize=(6.5, (0.25 + 6.5 / number) * len(shown)), layout="constrained"
     )
     for axis, (title, images) in zip(axes, shown.items(), strict=True):
-        axis.imshow(figures.grid(unit(images), columns=number))
-        axis.set_title(title, fontsize=11, loc="left")
+        # nearest: a pixel of a map is a class, and no mixture of two
+        axis.imshow(figures.grid(unit(images), columns=number), interpolation="nearest")
+        axis.set_title(title, fontsize=9, loc="left")
         axis.axis("off")
     figures.save(figure, path)
 
