@@ -34,7 +34,8 @@ from factordisc import (
 )
 from support import figures
 from support.images import PARTS, Name, PairedImages, UnitImages, load_pairs, subset
-from support.least_squares import LeastSquaresDistance, confidence_interval
+from support.intervals import confidence_interval
+from support.least_squares import LeastSquaresDistance
 from support.networks import NOISE, bounded, make_critic, make_generator
 from support.pair_figures import LABELS, draw_figure2, draw_pairs, pictures
 from support.results import environment, read_rows, table, write_json, write_tensors

@@ -28,7 +28,6 @@ import torch
 import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from scipy.stats import wasserstein_distance
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import StratifiedKFold, cross_val_predict, cross_val_score
@@ -45,6 +44,8 @@ from factordisc import (
     Partition,
     markov,
 )
+from support import figures, processes
+from support.intervals import mean_interval
 from support.recurrent import CausalNetwork, MarkovGenerator, RecurrentGenerator, framed
 from support.results import environment, read_rows, table, write_json
 from support.series import HOURS, airport_days, cut, split_weeks
@@ -333,6 +334,7 @@ def train(
         smoke: Do 4 updates only, to see that everything works.
     """
     settings = replace(settings, **SMOKE) if smoke else settings
+    processes.join(torch.device(machine.device))
     training_days, test_days = split_weeks(airport_days())
     training = make_training(settings, training_days, machine)
     title = f"{settings.model}, {settings.complete} complete days"
@@ -434,18 +436,10 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for (number, name), runs in cells.items():
         line = {"model": name, "n": str(number)}
         for key in METRICS:
-            mean, half = interval([run[key] for run in runs])
+            mean, half = mean_interval([run[key] for run in runs])
             line[key] = f"{mean:.3f} ± {half:.3f}"
         summary.append(line)
     return summary
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and half the width of its 95% interval (Student); NaN for one value."""
-    if len(values) < 2:
-        return values[0], float("nan")
-    error = np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values)), float(student.ppf(0.975, len(values) - 1) * error)
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float], path: Path) -> None:
@@ -462,7 +456,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float], p
             style = {"color": COLOURS[runs[0]["model"]]}
             style["linestyle"] = "-" if runs[0]["generator"] == "recurrent" else "--"
             numbers = sorted({run["complete"] for run in runs})
-            points = [interval([r[key] for r in runs if r["complete"] == n]) for n in numbers]
+            points = [mean_interval([r[key] for r in runs if r["complete"] == n]) for n in numbers]
             means, halves = zip(*points, strict=True)
             places = [n * aside for n in numbers]
             axis.errorbar(places, means, halves, marker="o", ms=6, capsize=3, label=name, **style)
@@ -479,7 +473,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, float], p
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def draw_days_of(rows: Sequence[Mapping[str, Any]], real: Tensor, path: Path) -> None:
@@ -502,12 +496,7 @@ def draw_days_of(rows: Sequence[Mapping[str, Any]], real: Tensor, path: Path) ->
         axis.axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("temperature (°C)")
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figures.save(figure, path)
 
 
 def describe() -> None:

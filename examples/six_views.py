@@ -33,8 +33,8 @@ from factordisc import (
     Observations,
     Partition,
 )
-from support import figures
-from support.least_squares import confidence_interval
+from support import figures, processes
+from support.intervals import mean_interval
 from support.results import environment, read_rows, table, write_json
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, uniform_noise
@@ -201,7 +201,7 @@ def make_training(
     def make_fake(generator: nn.Module, real: Observations, rng: torch.Generator) -> Tensor:
         return generator(uniform_noise(settings.batch_size, NOISE, rng, device))
 
-    training = Training(
+    return Training(
         generator,
         discriminator,
         load_observations(settings, train, discriminator.partition, machine),
@@ -211,10 +211,8 @@ def make_training(
         settings.seed,
         machine,
         settings.average,
+        generator_adam={"lr": settings.generator_learning_rate},
     )
-    for group in training.optimisers["generator"].param_groups:
-        group["lr"] = settings.generator_learning_rate
-    return training
 
 
 def train(
@@ -236,6 +234,7 @@ def train(
         smoke: Do 10 updates only, to see that everything works.
     """
     settings = replace(settings, **SMOKE) if smoke else settings
+    processes.join(torch.device(machine.device))
     objects, test, projection = load_objects(data, settings.components)
     scores = ViewScores(objects, test, projection.sizes, GROUPS)
     training = make_training(settings, objects, projection.sizes, machine)
@@ -338,19 +337,13 @@ LABELS = {
 COLOURS = {"gan": "#D55E00", "flat": "#56B4E9", "hierarchical": "#0072B2"}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean over seeds, and half the width of its 95% interval; NaN for one seed."""
-    half = confidence_interval(np.std(values, ddof=1), len(values)) if len(values) > 1 else np.nan
-    return float(np.mean(values)), float(half)
-
-
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns a row per model and n: means over seeds and their 95% intervals, as text."""
     lines = []
     for model, n in product(MODELS, sorted({row["complete"] for row in rows})):
         runs = [row for row in rows if (row["model"], row["complete"]) == (model, n)]
         if runs:
-            scores = {key: interval([run[key] for run in runs]) for key in PANELS}
+            scores = {key: mean_interval([run[key] for run in runs]) for key in PANELS}
             cells = {key: f"{mean:.3f} ± {half:.3f}" for key, (mean, half) in scores.items()}
             lines.append({"model": model, "complete": n, "runs": len(runs), **cells})
     return lines
@@ -364,7 +357,9 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for i, model in enumerate(MODELS):
             chosen = [row for row in rows if row["model"] == model]
             numbers = sorted({row["complete"] for row in chosen})
-            points = [interval([r[key] for r in chosen if r["complete"] == n]) for n in numbers]
+            points = [
+                mean_interval([r[key] for r in chosen if r["complete"] == n]) for n in numbers
+            ]
             means, halves = zip(*points, strict=True) if points else ((), ())
             axis.errorbar(
                 [n * 1.04 ** (i - 1) for n in numbers],  # bars beside each other

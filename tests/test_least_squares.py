@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.least_squares import LeastSquaresDistance, confidence_interval, least_squares_loss
+from support.least_squares import LeastSquaresDistance, least_squares_loss
 
 CPU = torch.device("cpu")
 
@@ -91,10 +91,3 @@ def test_every_step_meets_fresh_images_and_the_global_seed_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert first[0] != first[1]
     assert metric(sample, 2) == first
-
-
-def test_the_interval_of_a_mean():
-    # 1, 2, 3 deviate by 1; Student's t with two degrees of freedom is 4.3027
-    assert confidence_interval(1.0, 3) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
-    with pytest.raises(ValueError, match="at least two values, but got 1"):
-        confidence_interval(0.0, 1)

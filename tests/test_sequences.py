@@ -381,13 +381,6 @@ def test_the_two_sample_test_sees_dependence_that_no_single_hour_shows():
     assert abs(sequences.two_sample_accuracy(smooth, new) - 0.5) < 5 * 0.5 / 400**0.5
 
 
-def test_intervals_are_students():
-    mean, half = sequences.interval([1.0, 2.0, 3.0])
-    assert mean == 2
-    assert half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert np.isnan(sequences.interval([1.0])[1])
-
-
 # --- whole runs ---
 
 

@@ -253,12 +253,6 @@ def test_one_class_only_agrees_but_misses_the_others(scores):
     assert measured["c2st_views"] > 0.8
 
 
-def test_intervals_are_students():
-    mean, half = six_views.interval([1.0, 2.0, 3.0])
-    assert mean == 2
-    assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t with 2 degrees of freedom
-
-
 # --- whole runs ---
 
 

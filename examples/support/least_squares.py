@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from support.images import unit
@@ -111,18 +110,3 @@ class LeastSquaresDistance:
 def least_squares_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Returns the mean of (D(x) - 1)² over real images plus that of D(x)² over generated ones."""
     return (real - 1).square().mean() + fake.square().mean()
-
-
-def confidence_interval(deviation: float, number: int) -> float:
-    """Returns half the width of the 95% interval of a mean (Student's t).
-
-    Args:
-        deviation: The standard deviation of the values, estimated from them (over N − 1).
-        number: The number N of values.
-
-    Raises:
-        ValueError: If there are fewer than two values.
-    """
-    if number < 2:
-        raise ValueError(f"An interval expects at least two values, but got {number}.")
-    return float(deviation / number**0.5 * stats.t.ppf(0.975, number - 1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from support import figures
 from support.figures import draw_published, draw_samples, read_published, save
 from support.images import PARTS, Name, unit
-from support.least_squares import confidence_interval
+from support.intervals import confidence_interval
 
 LABELS = {
     "gan": "GAN",

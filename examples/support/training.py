@@ -126,6 +126,7 @@ class Training:
         machine: The device and options of speed.
         average: The decay of an exponential moving average of the generator's weights, which is
             then what is scored and kept; 0 for none.
+        generator_adam: What of `adam` is different for the generator.
         clip: The largest norm of the gradients of the generator, and of each discriminator by
             itself, since each learns by itself; 0 for any.
         regulariser: What is added to the generator's loss, if anything. It may call the generator
@@ -145,6 +146,7 @@ class Training:
         machine: Machine,
         average: float = 0.0,
         *,
+        generator_adam: Mapping[str, Any] | None = None,
         clip: float = 0.0,
         regulariser: Regulariser | None = None,
         pool: int = 0,
@@ -164,7 +166,9 @@ class Training:
         _seed_global_rngs(_own_seed(seed))
         self.pool = FakePool(pool, discriminator.partition, self.rng) if pool else None
         self.optimisers = {
-            "generator": torch.optim.Adam(generator.parameters(), fused=True, **adam),
+            "generator": torch.optim.Adam(
+                generator.parameters(), fused=True, **{**adam, **(generator_adam or {})}
+            ),
             "discriminator": torch.optim.Adam(discriminator.parameters(), fused=True, **adam),
         }
         half = machine.precision == "16-mixed"
