@@ -108,11 +108,12 @@ def state_of(folder):
 
 
 def test_a_stopped_and_resumed_run_ends_bit_equal(common, tmp_path):
-    tiny = (*common, "--filters", 2, "--batch-size", 4, "--scorings", 1)
+    tiny = (*common, "--filters", 2, "--batch-size", 4, "--scorings", 1, "--average", 0.9)
     run("train", *tiny, "--updates", 5, "--out", tmp_path / "whole")
     run("train", *tiny, "--updates", 2, "--out", tmp_path / "parts")
     torch.manual_seed(1234)  # what another process would have
     run("train", *tiny, "--updates", 5, "--resume", "--out", tmp_path / "parts")
+    assert state_of(tmp_path / "whole")["averaged"] is not None
     flat, _ = torch.utils._pytree.tree_flatten(state_of(tmp_path / "whole"))
     other, _ = torch.utils._pytree.tree_flatten(state_of(tmp_path / "parts"))
     assert len(flat) == len(other)
