@@ -13,9 +13,11 @@ can use only the former, FactorGAN uses everything.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +35,7 @@ from factordisc import (
     Partition,
     shared,
 )
-from support import sound_figures
+from support import processes, sound_figures
 from support.audio import (
     SOURCES,
     Recording,
@@ -44,7 +46,7 @@ from support.audio import (
     split_recordings,
     write_audio,
 )
-from support.networks import NOISE, make_critic
+from support.networks import NOISE, bounded, make_critic
 from support.results import environment, read_rows, table, write_json
 from support.separation import (
     Estimate,
@@ -63,8 +65,8 @@ from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
 
-Model = Literal["gan", "factorgan"]
-MODELS: tuple[Model, ...] = ("gan", "factorgan")
+Model = Literal["gan", "factorgan", "factorgan-bounded"]
+MODELS: tuple[Model, ...] = ("gan", "factorgan")  # of the paper
 # The generator divides the mixture exactly, so that the mixture tells nothing that the
 # sources do not: the assumption that turns the flat form into equation 6.
 MASKED = shared("mixture", given=SOURCES)
@@ -75,6 +77,8 @@ class Settings:
     """One training run. The defaults are the paper's recipe."""
 
     model: Model = "factorgan"
+    """factorgan-bounded is not in the paper: the outputs of its dependency networks stay between
+    plus and minus the logarithm of the number of paired songs."""
     paired: int = 10
     """The number of songs whose sources are known together."""
     seed: int = 0
@@ -116,16 +120,20 @@ def make_partition() -> Partition:
     return Partition(dict.fromkeys(CHANNELS, 1), dim=1)
 
 
-def make_discriminator(model: Model, filters: int) -> FactorisedDiscriminator:
+def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
     """The models differ in nothing but their factorisation; the networks are those of Table 5."""
     partition = make_partition()
-    form = Factorisation.joint if model == "gan" else Factorisation.flat
+    form = Factorisation.joint if settings.model == "gan" else Factorisation.flat
     factorisation = form(partition.names, assuming=[MASKED])
     networks = {
-        term.name: make_critic((len(term.parts), BINS, FRAMES), filters)
+        term.name: make_critic((len(term.parts), BINS, FRAMES), settings.filters)
         for term in factorisation.terms
     }
-    return FactorisedDiscriminator(partition, factorisation, networks)
+    logit = None
+    if settings.model == "factorgan-bounded":
+        bound = partial(bounded, bound=math.log(settings.paired))
+        logit = {term.name: bound for term in factorisation.terms if len(term.parts) > 1}
+    return FactorisedDiscriminator(partition, factorisation, networks, logit=logit)
 
 
 def load_observations(
@@ -151,7 +159,7 @@ def load_observations(
         SOURCES: Songs(pairs, files, SOURCES),
         "mixture": Songs(mixtures, files, ["mixture"]),
     }
-    if settings.model == "factorgan":
+    if settings.model != "gan":
         datasets |= {part: Songs(recordings, files, [part]) for part in SOURCES}
     with warnings.catch_warnings():
         # Fewer songs than a batch are what this experiment is about.
@@ -198,7 +206,7 @@ def make_training(
     """Puts the networks, the data and the optimisers of a run together."""
     torch.manual_seed(settings.seed)
     generator = make_generator(settings.filters)
-    discriminator = make_discriminator(settings.model, settings.filters)
+    discriminator = make_discriminator(settings)
     device = torch.device(machine.device)
 
     def make_fake(generator: nn.Module, real: Observations, rng: torch.Generator) -> Tensor:
@@ -256,6 +264,7 @@ def train(
     settings = replace(settings, **SMOKE) if smoke else settings
     known, test = split_recordings(root)
     device = torch.device(machine.device)
+    processes.join(device)
     training = make_training(settings, known, cache, machine)
     title = f"{settings.model}, {settings.paired} songs"
 

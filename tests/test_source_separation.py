@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 from sounds import write_clips
+from torch.testing import assert_close
 
 import source_separation
 from factordisc import Factorisation, shared
@@ -35,6 +36,21 @@ def clips(tmp_path_factory):
 # --- models ---
 
 
+def small(model):
+    return source_separation.Settings(model=model, filters=2, paired=5)
+
+
+def test_a_bounded_dependency_stays_within_the_logarithm_of_the_songs():
+    d = source_separation.make_discriminator(small("factorgan-bounded"))
+    with torch.no_grad():
+        for network in d.networks.values():
+            network[-1].parametrizations.weight.original.mul_(0).add_(1)
+        terms = d.eval().terms(1000 * torch.rand(3, 3, 256, 128))
+    for name in ("p_dependency", "q_dependency"):
+        assert_close(terms[name].abs(), torch.full((3,), 5.0).log())
+    assert (terms["vocals"].abs() > 2).all()
+
+
 def test_the_form_is_equation_6():
     known = shared("m", given=["a", "v"])
     form = Factorisation.flat(["m", "a", "v"], assuming=[known])
@@ -42,9 +58,9 @@ def test_the_form_is_equation_6():
     flat = Factorisation.flat(["a", "v"])
     content = [{(t.sign, t.numerator, t.denominator) for t in f.terms} for f in (form, flat)]
     assert content[0] == content[1]
-    d = source_separation.make_discriminator("factorgan", 2)
+    d = source_separation.make_discriminator(small("factorgan"))
     assert list(d.networks) == ["accompaniment", "vocals", "p_dependency", "q_dependency"]
-    gan = source_separation.make_discriminator("gan", 2)
+    gan = source_separation.make_discriminator(small("gan"))
     assert list(gan.networks) == ["joint"]
     x = torch.rand(3, 3, 256, 128)
     other = torch.cat([torch.rand(3, 1, 256, 128), x[:, 1:]], dim=1)
@@ -54,7 +70,7 @@ def test_the_form_is_equation_6():
 
 
 def test_every_discriminator_layer_is_spectrally_normalised():
-    d = source_separation.make_discriminator("factorgan", 2)
+    d = source_separation.make_discriminator(small("factorgan"))
     layers = [m for m in d.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert len(layers) == 4 * 6
     for layer in layers:

@@ -25,6 +25,7 @@ COLOURS = {
     "cyclegan": "#009E73",
     "factorgan-no-cp": "#56B4E9",
     "factorgan": "#0072B2",
+    "factorgan-bounded": "#56B4E9",
 }
 
 

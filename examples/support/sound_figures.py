@@ -82,7 +82,7 @@ def draw_figure6(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, source in zip(axes, reversed(SOURCES), strict=True):
         key = f"{source}_median"
-        for model in ("gan", "factorgan"):
+        for model in dict.fromkeys(row["model"] for row in rows):
             chosen = [row for row in rows if row["model"] == model]
             draw_against(axis, chosen, "paired", key, model, COLOURS[model])
             points = [
@@ -90,7 +90,8 @@ def draw_figure6(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 for row in published
                 if (row["model"], row["source"]) == (model, source)
             ]
-            draw_published(axis, points, f"{model}, MUSDB18", COLOURS[model])
+            if points:
+                draw_published(axis, points, f"{model}, MUSDB18", COLOURS[model])
         for name, style in (("ideal_mask", "-."), ("even_mask", ":")):
             level = rows[0][name][key]
             axis.axhline(level, color="0.4", ls=style, lw=1, label=name.replace("_", " "))
