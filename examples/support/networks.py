@@ -103,7 +103,7 @@ def bounded(output: Tensor, bound: float) -> Tensor:
 
     Not in the paper. A p-dependency that learns from n pairs meets generated images that are like
     none of them, and may answer with log ratios far above those of its own pairs, which the
-    generator then takes for success. From n pairs and their permutations no log ratio above log n
-    can be told, so that is a bound that costs nothing.
+    generator then takes for success. Of n pairs whose parts are permuted each by itself, the
+    dependency is at most log n: a natural bound.
     """
     return bound * torch.tanh(output.squeeze(1) / bound)
