@@ -32,7 +32,7 @@ from factordisc import (
     Observations,
     Partition,
 )
-from support import figures
+from support import figures, processes
 from support.images import PARTS, Name, PairedImages, UnitImages, load_pairs, subset
 from support.intervals import confidence_interval
 from support.least_squares import LeastSquaresDistance
@@ -253,6 +253,7 @@ def train(
     pairs, validation = (load_pairs(settings.data, root, s, SIZE) for s in ("train", "val"))
     settings = counted(settings, len(pairs.a))
     device = torch.device(machine.device)
+    processes.join(device)
     scores = Scores(settings, validation, device)
     training = make_training(settings, pairs, machine)
     title = f"{settings.model}, {settings.paired} pairs"
