@@ -37,11 +37,11 @@ from factordisc import (
     independent,
     shared,
 )
-from support import streets
+from support import processes, streets
 from support.cyclegan import CycleLoss, Translators
 from support.images import PairedImages, UnitImages, subset, unit
 from support.labels import Palette, mean_squared_error, pixel_accuracy
-from support.networks import NOISE, make_critic
+from support.networks import NOISE, bounded, make_critic
 from support.results import environment, read_rows, table, write_json, write_tensors
 from support.street_figures import (
     LABELS,
@@ -157,16 +157,6 @@ def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
 def stacked(scene: Tensor, map_: Tensor) -> Tensor:
     """Lays scene and map on top of each other, with shape (N, 6, S, S)."""
     return torch.cat([scene, map_], dim=1)
-
-
-def bounded(output: Tensor, bound: float) -> Tensor:
-    """Keeps the output (N, 1) of a dependency between -`bound` and `bound`, with shape (N,).
-
-    Not in the paper: asked about maps such as no pair has, the p-dependency answers with log
-    ratios far above those of its own pairs, which the generator then takes for success. The
-    dependency that n pairs show, when each part is permuted by itself, is at most log n.
-    """
-    return bound * torch.tanh(output.squeeze(1) / bound)
 
 
 def load_streets(
@@ -338,6 +328,7 @@ def train(
     """
     settings = settled(settings, smoke)
     pairs, validation, palette = load_streets(settings, root)
+    processes.join(torch.device(machine.device))
     scores = Scores(validation, palette, torch.device(machine.device))
     training = make_training(settings, pairs, machine)
     title = f"{settings.model}, {settings.paired} pairs"
