@@ -56,7 +56,7 @@ class FakePool:
                 f"but got {rows}."
             )
         if not self.stored:
-            self.stored = [x.new_empty(self.size, *x.shape[1:]) for x in arrays]
+            self.stored = [x.new_zeros(self.size, *x.shape[1:]) for x in arrays]
         new = min(rows, self.size - self.filled)
         # drawn on the CPU: no update waits for the device
         places = torch.randperm(self.filled, generator=self.rng)[: rows - new]
