@@ -34,14 +34,15 @@ Tree: TypeAlias = "Mapping[str, Tree] | Sequence[str]"
 class Factorisation:
     r"""A signed sum of log density ratios that is proved to be log p(x) - log q(x).
 
-    `joint` and `flat` build the standard forms; the constructor takes any terms. In all cases
-    the sum is checked, exactly, when the object is made: every log density is rewritten
-    under the assumptions, and what is left must be nothing. The proof is sound: a sum that it
-    accepts is right wherever the assumptions hold.
+    `joint`, `flat`, `hierarchical`, `autoregressive` and `causal` build the standard forms,
+    `from_patterns` the one that uses all that is observed together; the constructor takes any
+    terms. In all cases the sum is checked, exactly, when the object is made: every log density is
+    rewritten under the assumptions, and what is left must be nothing. The proof is sound: a sum
+    that it accepts is right wherever the assumptions hold.
 
     References:
         | Training Generative Adversarial Networks from Incomplete Observations using
-          Factorised Discriminators (Stoller et al., 2020), Equations 1, 3, 4 and 6
+          Factorised Discriminators (Stoller et al., 2020), Equations 1, 3, 4 and 6 to 9
         | https://arxiv.org/abs/1905.12660
 
     Args:

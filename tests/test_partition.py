@@ -1,4 +1,4 @@
-"""A sample and its named parts, in all four kinds of partition."""
+"""A sample and its named parts, in four kinds of partition. (Boxes: test_layouts.py.)"""
 
 from itertools import starmap
 

@@ -26,7 +26,6 @@ LABELS = {
 TITLES: dict[Name, str] = {"edges2shoes": "Edges2Shoes", "cityscapes": "Cityscapes"}
 # Of one number of pairs, the models are drawn side by side, so that no bar hides another.
 SHIFTS = {"gan": 0.9, "gan-big": 0.97, "factorgan": 1.03, "factorgan-bounded": 1.1}
-COLOURS = {**figures.COLOURS, "factorgan-bounded": "#56B4E9"}
 
 
 def pictures(images: Tensor, data: Name) -> Tensor:
@@ -70,7 +69,7 @@ def draw_figure2(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis,
                 [(float(r["paired"]) * SHIFTS[model], float(r["ls"])) for r in known],
                 label,
-                COLOURS[model],
+                figures.COLOURS[model],
                 [
                     confidence_interval(float(r["ls_deviation"]), int(r["trainings"]))
                     for r in known
@@ -106,9 +105,9 @@ def _draw_model(axis: Axes, rows: Sequence[Mapping[str, Any]], model: str) -> No
             fmt="o",
             ms=5,
             capsize=3,
-            color=COLOURS[model],
+            color=figures.COLOURS[model],
             label=LABELS[model] if row is rows[0] else None,
         )
     numbers = sorted({row["paired"] for row in rows})
     means = [mean(row["ls"] for row in rows if row["paired"] == n) for n in numbers]
-    axis.plot([n * SHIFTS[model] for n in numbers], means, color=COLOURS[model])
+    axis.plot([n * SHIFTS[model] for n in numbers], means, color=figures.COLOURS[model])

@@ -19,7 +19,6 @@ LABELS = {
     "factorgan": "FactorGAN",
     "factorgan-bounded": "FactorGAN, bounded",
 }
-COLOURS = {**figures.COLOURS, "factorgan-bounded": "#56B4E9"}
 
 # By the key of a score: its name in examples/published/, and the label of its axis.
 PANELS = {
@@ -47,7 +46,7 @@ def draw_figure4(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             numbers |= {int(point["paired"]) for point in published}
         for axis, (key, (metric, label)) in zip(pair, PANELS.items(), strict=True):
             for model, name in LABELS.items():
-                colour = COLOURS[model]
+                colour = figures.COLOURS[model]
                 chosen = [row for row in alike if row["model"] == model]
                 level = model == "cyclegan"  # it sees no pairs
                 figures.draw_against(axis, chosen, "paired", key, name, colour, level=level)
@@ -83,7 +82,7 @@ def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         updates = [point["update"] for point in row["history"]]
         for axis, key in zip(pair, ("mse", "accuracy"), strict=True):
             scores = [point[key] for point in row["history"]]
-            axis.plot(updates, scores, ".-", color=COLOURS[row["model"]])
+            axis.plot(updates, scores, ".-", color=figures.COLOURS[row["model"]])
     for (data, size), pair in zip(sets, axes, strict=True):
         for axis, label in zip(pair, (PANELS["mse"][1], "pixel accuracy (%)"), strict=True):
             axis.set(xlabel="updates of the generator", ylabel=label)
@@ -92,7 +91,7 @@ def draw_learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
     for model, name in LABELS.items():
         if any(row["model"] == model for row in rows):
-            axes[0, 0].plot([], [], ".-", color=COLOURS[model], label=name)
+            axes[0, 0].plot([], [], ".-", color=figures.COLOURS[model], label=name)
     figure.legend(loc="outside right center")
     figures.save(figure, path)
 
