@@ -10,8 +10,9 @@ from factordisc.discriminator import FactorisedDiscriminator
 from factordisc.factorisation import Factorisation
 from factordisc.losses import DiscriminatorLoss, generator_loss
 from factordisc.objectives import Logistic
+from factordisc.observations import Observations
 from factordisc.partition import Partition
-from factordisc.sampling import DependencySampler, Observations
+from factordisc.sampling import DependencySampler
 
 __version__ = "0.1.0"
 

@@ -1,53 +1,27 @@
-"""The algebra of log densities: which signed sums are log p - log q, and the terms of a form."""
+"""The algebra of log densities: normal forms, the proof of a sum, and what is missing in it."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from factordisc.densities import (
-    SOURCES,
     Assumption,
     Density,
     Expression,
     Independent,
-    Markov,
     Ratio,
     Shared,
     Symbol,
     add_to,
     agreement,
-    between,
-    check_source,
     expression_of,
     mask_of,
 )
-from factordisc.partition import check_part_name
+from factordisc.names import check_part_name, check_source, quoted
 
 __all__: list[str] = []
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """A node of the tree of a form: a group of units, or a part if it has none.
-
-    Args:
-        name: The name of the group or the part; "" at the top.
-        units: The groups and parts within it.
-        cliques: Sets of parts into which its p-dependency falls, in an order in which each set
-            meets those before it within one of them (a junction tree).
-    """
-
-    name: str
-    units: tuple[Group, ...] = ()
-    cliques: tuple[tuple[str, ...], ...] = ()
-
-    def leaves(self) -> list[str]:
-        if not self.units:
-            return [self.name]
-        return [leaf for unit in self.units for leaf in unit.leaves()]
 
 
 class Algebra:
@@ -131,134 +105,8 @@ class Algebra:
 
         return Ratio(term.name, term.sign, ordered(term.numerator), ordered(term.denominator))
 
-    # --- terms ---
-
     def density(self, source: str, mask: int) -> Density:
         return Density(source, self.names(mask))
-
-    def marginal(self, name: str, mask: int) -> Ratio:
-        return Ratio(name, 1, (self.density("p", mask),), (self.density("q", mask),))
-
-    def target(self, whole: int) -> int:
-        """The parts of a set that are left when those leave that are shared given all others."""
-        left = whole
-        masks = [
-            (mask_of(a.given, self.position), mask_of(a.parts, self.position))
-            for a in self.assuming
-            if isinstance(a, Shared)
-        ]
-        while left:
-            given = next((b for b, both in masks if b != left and between(b, left, both)), None)
-            if given is None:
-                return left
-            left = given
-        raise _nothing_to_learn(self.assuming)
-
-    def form(self, top: Group, windows: bool = False) -> list[Ratio]:
-        """Builds the terms of a tree from the top down, under the assumptions.
-
-        Args:
-            top: The group of all parts.
-            windows: In every dependency of a group, restrict the past to the last steps of a
-                Markov assumption; the group is then the past and one step.
-        """
-        terms: list[Ratio] = []
-        queue = deque([top])
-        masks = group_masks(top, self.position)
-        while queue:
-            group = queue.popleft()
-            left = self.target(masks[group])
-            units = [unit for unit in group.units if masks[unit] & left]
-            for unit in units:
-                masks[unit] &= left
-                p, q = ("p", masks[unit]), ("q", masks[unit])
-                if not masks[unit] & ~self.agreed and self.is_zero({p: 1, q: -1}):
-                    continue
-                if unit.units:
-                    queue.append(unit)
-                else:
-                    terms.append(self.marginal(unit.name, masks[unit]))
-            unit_masks = [masks[unit] for unit in units]
-            for source in SOURCES:
-                whole = self.window(source, unit_masks) if windows else left
-                sets = Counter([whole])
-                if group.cliques and source == "p":
-                    sets = junctions(mask_of(c, self.position) & left for c in group.cliques)
-                terms += self.dependencies(source, whole, sets, unit_masks, group.name)
-        return terms
-
-    def window(self, source: str, units: Sequence[int]) -> int:
-        """The last step and those before it on which it depends under a Markov assumption."""
-        whole = sum(units)
-        last = units[-1].bit_length() - 1
-        for assumption in self.assuming:
-            if isinstance(assumption, Markov) and assumption.under == source:
-                first = last - assumption.order
-                window = (1 << (last + 1)) - (1 << first) if first >= 0 else 0
-                if window and whole & window == window:
-                    return window
-        return whole
-
-    def dependencies(
-        self,
-        source: str,
-        whole: int,
-        sets: Mapping[int, int],
-        units: Sequence[int],
-        group: str,
-    ) -> list[Ratio]:
-        """The dependencies between units in some sets, or in those into which they split.
-
-        Args:
-            source: The source.
-            whole: The set whose dependency is called by the group alone.
-            sets: How often the dependency of each set counts.
-            units: The units of the group.
-            group: The name of the group.
-        """
-        sign = 1 if source == "p" else -1
-        counts: Counter[int] = Counter()
-        for mask, count in sets.items():
-            for part, times in self._split_dependency(source, mask, units).items():
-                counts[part] += count * times
-        terms = []
-        for mask, count in counts.items():
-            path = [group] if group else []
-            path += [self.name_of(mask)] if mask != whole else []
-            name = "/".join([*path, f"{source}_dependency"])
-            numerator = (self.density(source, mask),)
-            denominator = tuple(self.density(source, u & mask) for u in units if u & mask)
-            # A sign is one unit: what counts twice is two terms (nested conditional
-            # independence given two or more parts).
-            for i in range(abs(count)):
-                unit = sign if count > 0 else -sign
-                terms.append(
-                    Ratio(name + (f"_{i + 1}" if i else ""), unit, numerator, denominator)
-                )
-        return terms
-
-    def _split_dependency(self, source: str, mask: int, units: Sequence[int]) -> Counter[int]:
-        pieces = [unit & mask for unit in units if unit & mask]
-        if len(pieces) < 2:  # one unit depends on nothing
-            return Counter()
-        for meets in self.meetings:
-            met = meets((source, mask))
-            if met is None:
-                continue
-            given, blocks = met
-            # A unit that lies in several blocks must split with them.
-            if not all(
-                unit & given == given or any(not unit & ~(block | given) for block in blocks)
-                for unit in pieces
-            ):
-                continue
-            counts: Counter[int] = Counter()
-            for block in blocks:
-                counts.update(self._split_dependency(source, block | given, units))
-            for part, count in self._split_dependency(source, given, units).items():
-                counts[part] -= count * (len(blocks) - 1)
-            return counts
-        return Counter({mask: 1})
 
     # --- proof ---
 
@@ -344,7 +192,7 @@ class Algebra:
         missing: Expression = {("p", self.everything): 1, ("q", self.everything): -1}
         summed = [term for term in terms if term.sign]
         if not summed and self.is_zero(missing):
-            raise _nothing_to_learn(self.assuming)
+            raise nothing_to_learn(self.assuming)
         for term in summed:
             add_to(missing, self.expression(term), -term.sign)
         residual = self.normalised(missing)
@@ -376,7 +224,7 @@ class Algebra:
                     add_to(rest, {("p", mask): 1, ("q", mask): -1}, -1)
                     names = self.names(mask)
                     remedies.append(
-                        f"Add a marginal discriminator for {_quoted(names)}, "
+                        f"Add a marginal discriminator for {quoted(names)}, "
                         f"or pass assuming=[shared({', '.join(map(repr, names))})]."
                     )
 
@@ -391,7 +239,7 @@ class Algebra:
                 add_to(rest, whole, -1)
                 names = self.names(mask)
                 remedies.append(
-                    f"Add the {source}-dependency of {_quoted(names)}, or pass "
+                    f"Add the {source}-dependency of {quoted(names)}, or pass "
                     f"assuming=[independent({', '.join(map(repr, names))}, under={source!r})]."
                 )
 
@@ -412,37 +260,8 @@ class Algebra:
         return text
 
 
-def _nothing_to_learn(assuming: Iterable[Assumption]) -> ValueError:
+def nothing_to_learn(assuming: Iterable[Assumption]) -> ValueError:
     return ValueError(
         f"Under {', '.join(map(str, assuming)) or 'no assumption'} p equals q: "
         "nothing is left to discriminate. Drop an assumption."
     )
-
-
-def junctions(cliques: Iterable[int]) -> Counter[int]:
-    """Counts each clique once, less what each shares with those before it."""
-    counts: Counter[int] = Counter()
-    seen = 0
-    for clique in cliques:
-        counts[clique] += 1
-        counts[clique & seen] -= 1
-        seen |= clique
-    return counts
-
-
-def group_masks(top: Group, position: Mapping[str, int]) -> dict[Group, int]:
-    """The set of parts of every group, units before the groups they are in."""
-    order = [top]
-    masks: dict[Group, int] = {}
-    for group in order:
-        order += group.units
-    for group in reversed(order):
-        if group.units:
-            masks[group] = sum(masks[unit] for unit in group.units)
-        else:
-            masks[group] = 1 << position[group.name]
-    return masks
-
-
-def _quoted(names: tuple[str, ...]) -> str:
-    return repr(names[0]) if len(names) == 1 else repr(names)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from factordisc.layouts import Array, Batch
-from factordisc.partition import Partition, Pattern
-from factordisc.sampling import Observations, map_tensors
+from factordisc.layouts import Array, Batch, Layout, Tensors, outward
+from factordisc.names import Pattern
+from factordisc.observations import Observations
+from factordisc.partition import Partition
 
 __all__ = ["ObservationLoader"]
 
@@ -89,9 +90,9 @@ class ObservationLoader:
         self._pools = [
             _Pool(
                 pattern,
-                partition.restrict(names),
+                names,
                 [
-                    (partition.restrict(other), source)
+                    (partition._layout.restrict(other), source)
                     for other, (_, source) in named.items()
                     if other == names or (pool and set(names) < set(other))
                 ],
@@ -157,40 +158,34 @@ class _Pool:
     """All observations that contain a pattern, and how to crop them to it."""
 
     def __init__(
-        self, pattern: Pattern, partition: Partition, sources: Sequence[tuple[Partition, Source]]
+        self, pattern: Pattern, names: tuple[str, ...], sources: Sequence[tuple[Layout, Source]]
     ) -> None:
         self.pattern = pattern
-        self.partition = partition
-        self.sources = sources
+        self.sources = [(layout, layout.taker(names), source) for layout, source in sources]
         self.ends = np.cumsum([_length(source) for _, source in sources])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def fetch(self, indices: Tensor) -> Batch:
+    def fetch(self, indices: Tensor) -> Tensors:
         """Loads observations by their number in the pool, cropped to the pattern."""
         numbers = indices.numpy()
         owners = np.searchsorted(self.ends, numbers, side="right")
-        pieces: list[Batch] = []
+        pieces: list[Tensors] = []
         places: list[np.ndarray[Any, Any]] = []
-        for owner, (partition, source) in enumerate(self.sources):
+        for owner, (layout, take, source) in enumerate(self.sources):
             place = np.flatnonzero(owners == owner)
             if not len(place):
                 continue
             start = 0 if owner == 0 else int(self.ends[owner - 1])
             batch = _collate(source, torch.from_numpy(numbers[place] - start))
-            partition.batch_size(batch)  # says what does not fit, here where the data come from
-            pieces.append(partition.cut(batch, self.partition.names))
+            pieces.append(take(layout.read(batch)))
             places.append(place)
         if len(pieces) == 1:
             return pieces[0]
-        columns = zip(*(self.partition.arguments(piece) for piece in pieces), strict=True)
         order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        joined = tuple(
-            torch.cat(cast("list[Tensor]", list(column))).index_select(0, order)
-            for column in columns
-        )
-        return joined if len(joined) > 1 else joined[0]
+        columns = zip(*pieces, strict=True)
+        return tuple(torch.cat(column).index_select(0, order) for column in columns)
 
 
 class _Task(NamedTuple):
@@ -230,14 +225,14 @@ class _Steps:
 
     def __init__(self, pools: Sequence[_Pool]) -> None:
         self.pools = pools
-        sources = [source for pool in pools for _, source in pool.sources]
+        sources = [source for pool in pools for _, _, source in pool.sources]
         self.transforms = not all(isinstance(s, (Tensor, TensorDataset)) for s in sources)
 
     def __getitem__(self, task: _Task) -> Observations:
         with _seeded(task.seed) if self.transforms else nullcontext():
             return Observations(
                 {
-                    pool.pattern: map_tensors(_own, pool.fetch(indices))
+                    pool.pattern: outward(tuple(map(_own, pool.fetch(indices))))
                     for pool, indices in zip(self.pools, task.indices, strict=True)
                 }
             )
@@ -266,7 +261,7 @@ def _by_parts(
     """Checks the data sets and orders the names of their patterns."""
     named: dict[tuple[str, ...], tuple[Pattern, Source]] = {}
     for pattern, source in datasets.items():
-        names = partition.names if pattern == "joint" else partition.ordered(pattern)
+        names = partition.names if pattern == "joint" else partition._layout.ordered(pattern)
         if names in named:
             raise ValueError(
                 f"ObservationLoader expects one data set per pattern, but {named[names][0]!r} "

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from factordisc.partition import check_key
+from factordisc.names import check_key, check_source
 
 __all__ = ["Density", "Ratio", "independent", "markov", "shared"]
-
-SOURCES = ("p", "q")
 
 # A log density is a source and a set of parts: bit i of the mask is part i. The empty set has
 # density one, so its symbol never occurs.
@@ -355,11 +353,6 @@ def check_disjoint(groups: Sequence[tuple[str, ...]], what: str) -> None:
     for name, count in counts.items():
         if count > 1:
             raise ValueError(f"{what} expects disjoint groups of parts, but {name!r} is in two.")
-
-
-def check_source(source: object, what: str) -> None:
-    if source not in SOURCES:
-        raise ValueError(f"{what} expects a source, one of {SOURCES}, but got {source!r}.")
 
 
 def mask_of(names: Iterable[str], position: Mapping[str, int]) -> int:

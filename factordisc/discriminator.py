@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from factordisc.densities import Assumption, Ratio
 from factordisc.factorisation import Factorisation
-from factordisc.layouts import Batch
+from factordisc.layouts import Batch, Layout, Take, Tensors
+from factordisc.names import kind
 from factordisc.objectives import Logistic, Objective
-from factordisc.partition import Partition
+from factordisc.partition import Partition, check_input
 
 __all__ = ["FactorisedDiscriminator"]
 
 ToLogit: TypeAlias = Callable[[Any], Tensor]
 ToInputs: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class FactorisedDiscriminator(nn.Module):
@@ -128,26 +133,34 @@ class FactorisedDiscriminator(nn.Module):
                 "not estimate a density ratio, so they cannot be summed; use Logistic()."
             )
         self._terms = {term.name: term for term in factorisation.terms}
-        # Made now, so that tracing a forward pass finds them.
-        self._partitions = {n: partition.restrict(t.parts) for n, t in self._terms.items()}
         self._check_networks(networks or {})
         self.networks = nn.ModuleDict({name: (networks or {})[name] for name in self._terms})
-        if isinstance(logit, Mapping):
-            self._logits = self._checked_callables(logit, "logit")
-        else:
-            everywhere = {} if logit is None else dict.fromkeys(self._terms, logit)
-            self._logits = self._checked_callables(everywhere, "logit")
+        if not isinstance(logit, Mapping):
+            logit = {} if logit is None else dict.fromkeys(self._terms, logit)
+        self._logits = self._checked_callables(logit, "logit")
         self._inputs = self._checked_callables(inputs or {}, "inputs")
+        layout = partition._layout
+        # Known from now on: how the parts of every term are taken, and how rows of them lie.
+        self._takes: dict[str, Take] = {}
+        self._layouts: dict[str, Layout] = {}
         for name, term in self._terms.items():
+            parts = layout.ordered(term.parts)
             if name not in self._inputs:
                 try:
-                    partition.check_input(term.parts)
+                    check_input(partition, parts)
                 except ValueError as error:
                     raise ValueError(f"For term {name!r}: {error}") from None
-        self._strict = True  # torch does not tell a hook whether loading is strict
-        self.register_load_state_dict_pre_hook(_refuse_other_terms)  # type: ignore[no-untyped-call]
+            self._takes[name] = layout.taker(parts)
+            self._layouts[name] = layout.restrict(parts)
+        self._signs = {name: term.sign for name, term in self._terms.items() if term.sign}
+        owners = Counter(id(network) for network in self.networks.values())
+        self._shared = {name for name, n in self.networks.items() if owners[id(n)] > 1}
 
-    def forward(self, x: Batch) -> Tensor:
+    @overload
+    def forward(self, x: Batch) -> Tensor: ...
+    @overload
+    def forward(self, x: TermBatches) -> dict[str, Tensor]: ...
+    def forward(self, x: Batch | TermBatches) -> Tensor | dict[str, Tensor]:
         """Estimates the joint log ratio.
 
         Args:
@@ -160,12 +173,16 @@ class FactorisedDiscriminator(nn.Module):
             ValueError: If the batch does not fit the partition, or a network's output is not
                 one logit per observation.
         """
-        summed = [name for name, term in self._terms.items() if term.sign]
-        values = self._log_ratios(x, summed)
-        total = values[summed[0]] * self._terms[summed[0]].sign
-        for name in summed[1:]:
-            total = total + values[name] if self._terms[name].sign > 0 else total - values[name]
-        return total
+        if isinstance(x, TermBatches):
+            return self._outputs(x)
+        values = self._log_ratios(x, self._signs)
+        total: Tensor | None = None
+        for name, sign in self._signs.items():
+            if total is None:
+                total = values[name] if sign > 0 else -values[name]
+            else:
+                total = total + values[name] if sign > 0 else total - values[name]
+        return cast(Tensor, total)
 
     def terms(self, x: Batch) -> dict[str, Tensor]:
         """Estimates the log ratio of every term.
@@ -176,7 +193,7 @@ class FactorisedDiscriminator(nn.Module):
         Returns:
             By term, its log ratio in nats, without its sign, with shape (N,).
         """
-        return self._log_ratios(x, list(self._terms))
+        return self._log_ratios(x, self._terms)
 
     def term(self, name: str, batch: Batch) -> Tensor:
         """Estimates the log ratio of one term, also on incomplete observations.
@@ -193,105 +210,95 @@ class FactorisedDiscriminator(nn.Module):
             ValueError: If there is no such term, or the batch does not fit its parts.
         """
         self._check_term(name, "`name`")
-        return self.objective.log_ratio(self.outputs({name: [batch]})[name][0])
-
-    def outputs(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, list[Tensor]]:
-        """Evaluates networks on batches of their terms, each network once if shapes allow it.
-
-        This is what the losses are made of; `term` and `terms` give log ratios.
-
-        Args:
-            batches: By term, batches in the form of ``partition.take(x, parts)``.
-
-        Returns:
-            By term, the logit of every batch with shape (N,), before `objective.log_ratio`;
-            in float32 where the network computed in half precision.
-        """
-        calls: list[_Call] = []
-        by_network: dict[nn.Module, list[_Call]] = {}
-        for name, several in batches.items():
-            self._check_term(name, "`batches`")
-            network = self.networks[name]
-            for batch in several:
-                arguments = self._arguments(name, batch)
-                logit = self._logits.get(name)
-                for call in by_network.setdefault(network, []):
-                    if call.logit is logit and _alike(call.arguments[0], arguments):
-                        break
-                else:
-                    call = _Call(network, logit, [], [])
-                    calls.append(call)
-                    by_network[network].append(call)
-                call.names.append(name)
-                call.arguments.append(arguments)
-        outputs: dict[str, list[Tensor]] = {name: [] for name in batches}
-        for call in calls:
-            for name, output in zip(call.names, self._evaluate(call), strict=True):
-                outputs[name].append(output)
-        return outputs
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Loads parameters and buffers as any module; refuses another factorisation's.
-
-        Raises:
-            ValueError: If `strict` and the state dict is of other terms, with those that differ.
-        """
-        self._strict = strict
         try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._strict = True
-
-    def _log_ratios(self, x: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-        batches = {name: [self.partition.cut(x, self._terms[name].parts)] for name in names}
-        outputs = self.outputs(batches)
-        return {name: self.objective.log_ratio(outputs[name][0]) for name in names}
-
-    def _arguments(self, name: str, batch: Batch) -> tuple[Any, ...]:
-        try:
-            arguments = self._partitions[name].arguments(batch)
+            tensors = self._layouts[name].read(batch)
         except (TypeError, ValueError) as error:
             raise type(error)(f"In the rows of term {name!r}: {error}") from None
-        if name in self._inputs:
-            changed = self._inputs[name](*arguments)
-            arguments = changed if isinstance(changed, tuple) else (changed,)
-            if not all(isinstance(argument, Tensor) for argument in arguments):
-                raise TypeError(
-                    f"`inputs` of term {name!r} returns a tensor or a tuple of tensors, "
-                    f"but it returned a {type(changed).__name__}."
-                )
-        return arguments
+        return self.objective.log_ratio(self._outputs(TermBatches({name: tensors}))[name])
 
-    def _evaluate(self, call: _Call) -> list[Tensor]:
-        sizes = [arguments[0].shape[0] for arguments in call.arguments]
-        columns = zip(*call.arguments, strict=True)
-        joined = [torch.cat(column) if len(column) > 1 else column[0] for column in columns]
-        output = call.network(*joined)
-        if call.logit is not None:
-            output = call.logit(output)
-        flat = self._one_logit_each(output, sum(sizes), call)
-        return list(torch.split(flat, sizes)) if len(sizes) > 1 else [flat]
+    def _log_ratios(self, x: Batch, names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = self.partition._layout.read(x)
+        batches = TermBatches({name: self._takes[name](tensors) for name in names})
+        outputs = self._outputs(batches)
+        return {name: self.objective.log_ratio(outputs[name]) for name in names}
 
-    def _one_logit_each(self, output: Any, rows: int, call: _Call) -> Tensor:
-        name = call.names[0]
-        converted = "" if call.logit is None else " after `logit`"
-        if not isinstance(output, Tensor):
+    # --- evaluation: batches are in canonical form, and nothing is checked again ---
+
+    def _outputs(self, batches: TermBatches) -> dict[str, Tensor]:
+        """Evaluates networks, each once if shapes allow it: logits, before `log_ratio`."""
+        outputs: dict[str, Tensor] = {}
+        networks, weights = self.networks, batches.weights
+        calls: dict[object, list[tuple[str, Tensors]]] = {}
+        for name, arguments in batches.items():
+            if name in self._inputs:
+                arguments = self._replaced(name, arguments)
+            if batches.apart or name not in self._shared:
+                weight = weights.get(name)
+                outputs[name] = self._evaluate(name, networks[name], arguments, weight)
+                continue
+            shapes = tuple((a.shape[1:], a.dtype) for a in arguments)
+            key = (id(networks[name]), id(self._logits.get(name)), name in weights, shapes)
+            calls.setdefault(key, []).append((name, arguments))
+        for call in calls.values():
+            name = call[0][0]
+            sizes = [arguments[0].shape[0] for _, arguments in call]
+            columns = zip(*(arguments for _, arguments in call), strict=True)
+            joined = tuple(torch.cat(column) for column in columns)
+            weight = None
+            if name in weights:
+                weight = torch.stack([weights[term] for term, _ in call]).amax()
+            output = self._evaluate(name, networks[name], joined, weight)
+            outputs.update(
+                zip((term for term, _ in call), torch.split(output, sizes), strict=True)
+            )
+        for name, weight in weights.items():
+            if name in outputs:
+                outputs[name] = torch.where(weight > 0, outputs[name], 0.0)
+        return outputs
+
+    def _evaluate(
+        self, name: str, network: nn.Module, arguments: Tensors, weight: Tensor | None
+    ) -> Tensor:
+        """Evaluates a network on a batch, without effect where the weight is 0."""
+        if weight is None:
+            output = network(*arguments)
+        else:
+            output = muted(network, arguments, weight)
+        if name in self._logits:
+            output = self._logits[name](output)
+        rows = arguments[0].shape[0]
+        if not isinstance(output, Tensor) or output.shape not in (
+            (rows, 1),
+            (rows,),
+            (rows, 1, 1, 1),
+        ):
+            raise self._no_logit(name, output, rows)
+        flat = output.reshape(rows)
+        return flat.float() if flat.dtype in _HALF else flat
+
+    def _replaced(self, name: str, arguments: Tensors) -> Tensors:
+        changed = self._inputs[name](*arguments)
+        replaced = changed if isinstance(changed, tuple) else (changed,)
+        if not all(isinstance(argument, Tensor) for argument in replaced):
             raise TypeError(
-                f"The network of term {name!r} expects to return one logit per observation, but "
-                f"returned a {type(output).__name__}{converted}. Pass logit={{{name!r}: "
-                "lambda output: output[0]}, or what else picks the logit from it."
+                f"`inputs` of term {name!r} returns a tensor or a tuple of tensors, "
+                f"but it returned a {kind(changed)}."
             )
-        if output.shape not in ((rows,), (rows, 1), (rows, 1, 1, 1)):
-            raise ValueError(
-                f"The network of term {name!r} expects to return one logit per observation, "
-                f"with shape ({rows},) or ({rows}, 1), but returned {tuple(output.shape)}"
-                f"{converted}. Pass logit={{{name!r}: lambda y: y.flatten(1).mean(1)}} for the "
-                "mean over patches, .sum(1) for steps, or what else makes one number of it."
+        return replaced
+
+    def _no_logit(self, name: str, output: object, rows: int) -> Exception:
+        converted = " after `logit`" if name in self._logits else ""
+        expects = f"The network of term {name!r} expects to return one logit per observation"
+        if not isinstance(output, Tensor):
+            return TypeError(
+                f"{expects}, but returned a {kind(output)}{converted}. Pass logit={{{name!r}: "
+                "lambda output: output[0]}, or whatever extracts the logit from it."
             )
-        half = output.dtype in (torch.float16, torch.bfloat16)
-        return output.reshape(rows).float() if half else output.reshape(rows)
+        return ValueError(
+            f"{expects}, with shape ({rows},) or ({rows}, 1), but returned {tuple(output.shape)}"
+            f"{converted}. Pass logit={{{name!r}: lambda y: y.flatten(1).mean(1)}} for the "
+            "mean over patches, .sum(1) for steps, or whatever makes one number of it."
+        )
 
     def _check_networks(self, networks: Mapping[str, nn.Module]) -> None:
         for name in networks:
@@ -344,20 +351,45 @@ class FactorisedDiscriminator(nn.Module):
         return "\n".join([*lines, f"  {total:,} parameters in all", ")"])
 
 
-class _Call(NamedTuple):
-    """One evaluation of a network: batches of one or more terms, side by side."""
+class TermBatches(dict[str, Tensors]):
+    """What networks are to be evaluated on, by term: what a criterion calls a discriminator with.
 
-    network: nn.Module
-    logit: ToLogit | None
-    names: list[str]
-    arguments: list[tuple[Tensor, ...]]
+    Args:
+        batches: By term, a batch in canonical form.
+        weights: The weights, 0 or 1, of terms whose evaluation must have no effect at weight 0.
+        apart: Evaluate terms that share a network one by one.
+    """
+
+    def __init__(
+        self,
+        batches: Mapping[str, Tensors],
+        weights: Mapping[str, Tensor] | None = None,
+        apart: bool = False,
+    ) -> None:
+        super().__init__(batches)
+        self.weights = weights or {}
+        self.apart = apart
 
 
-def _alike(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    """Whether two lists of arguments can be concatenated along the batch."""
-    return len(one) == len(other) and all(
-        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in zip(one, other, strict=True)
-    )
+def muted(network: nn.Module, arguments: Tensors, weight: Tensor) -> Any:
+    """Evaluates a network; at weight 0 its gradients are exactly zero and its buffers stay."""
+    gated = {name: _gated(parameter, weight) for name, parameter in network.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    output = torch.func.functional_call(network, {**gated, **buffers}, arguments)
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            buffer.copy_(torch.where(weight > 0, buffers[name], buffer))
+    return output
+
+
+def _gated(parameter: Tensor, weight: Tensor) -> Tensor:
+    gate = parameter.view_as(parameter)
+    if gate.requires_grad:
+        # Zero outputs are not enough, since 0 * NaN is NaN on the way back.
+        gate.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: torch.where(weight > 0, gradient, 0.0)
+        )
+    return gate
 
 
 def _without(term: Ratio) -> str:
@@ -372,22 +404,3 @@ def _without(term: Ratio) -> str:
             "if these parts are independent"
         )
     return ""
-
-
-def _refuse_other_terms(
-    module: FactorisedDiscriminator, state_dict: Mapping[str, Any], prefix: str, *_: Any
-) -> None:
-    """Refuses the state dict of another factorisation by the terms that differ."""
-    if not module._strict:
-        return
-    start = f"{prefix}networks."
-    # A term name has no dots, so it is what stands before the first one.
-    saved = {key[len(start) :].split(".")[0] for key in state_dict if key.startswith(start)}
-    # items, since named_children leaves out a network that serves a second term
-    expected = {name for name, network in module.networks.items() if network.state_dict()}
-    if saved != expected:
-        raise ValueError(
-            "The state dict is of another factorisation: it lacks terms "
-            f"{sorted(expected - saved)} and has {sorted(saved - expected)}, unknown here. "
-            "For a warm start pass strict=False to the discriminator's own load_state_dict."
-        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from factordisc.densities import Density, Ratio
+from factordisc.names import maximal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,15 +24,16 @@ MEANINGS = {
 }
 
 
-def data_of(term: Ratio) -> list[tuple[str, ...]]:
-    """Returns the sets of parts that the data must provide together to train a term."""
-    groups = [d.parts for d in (*term.numerator, *term.denominator) if d.source == "p"]
-    return [a for a in dict.fromkeys(groups) if not any(set(a) < set(b) for b in groups)]
+def observed_together(terms: Iterable[Ratio]) -> list[tuple[str, ...]]:
+    """Returns the largest sets of parts that the data must provide together."""
+    densities = (d for term in terms for d in (*term.numerator, *term.denominator))
+    groups = (density.parts for density in densities if density.source == "p")
+    return maximal(groups, lambda a, b: set(a) < set(b))
 
 
 def trained_by(term: Ratio) -> str:
     """Says which data train a term."""
-    groups = " and ".join(f"({', '.join(parts)})" for parts in data_of(term))
+    groups = " and ".join(f"({', '.join(parts)})" for parts in observed_together([term]))
     return groups or "the generator"
 
 

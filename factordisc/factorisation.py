@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from factordisc import drawing
-from factordisc.algebra import Algebra, Group
+from factordisc import drawing, forms
+from factordisc.algebra import Algebra
 from factordisc.densities import (
     Assumption,
     Density,
@@ -20,7 +20,8 @@ from factordisc.densities import (
     markov,
     shared,
 )
-from factordisc.partition import Pattern, check_part_name
+from factordisc.forms import Group
+from factordisc.names import Pattern, check_part_name
 from factordisc.patterns import Family
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class Factorisation:
             ['log p(a, b) − log q(a, b)']
         """
         algebra = Algebra(parts, assuming)
-        left = algebra.target(algebra.everything)
-        return cls(algebra.parts, [algebra.marginal("joint", left)], algebra.assuming)
+        left = forms.target(algebra, algebra.everything)
+        return cls(algebra.parts, [forms.marginal(algebra, "joint", left)], algebra.assuming)
 
     @classmethod
     def flat(cls, parts: Sequence[str], assuming: Iterable[Assumption] = ()) -> Factorisation:
@@ -182,7 +183,7 @@ class Factorisation:
             True
         """
         algebra = Algebra(parts, assuming)
-        steps = algebra.names(algebra.target(algebra.everything))
+        steps = algebra.names(forms.target(algebra, algebra.everything))
         past = Group(steps[0])
         for step in steps[1:-1]:
             past = Group(f"{steps[0]}:{step}", (past, Group(step)))
@@ -210,7 +211,7 @@ class Factorisation:
             [('joint', 1), ('x1:x2', 0)]
         """
         algebra = Algebra(parts, ())
-        terms = [algebra.marginal("joint", algebra.everything)]
+        terms = [forms.marginal(algebra, "joint", algebra.everything)]
         for number in prefixes:
             if type(number) is not int or not 0 < number < len(algebra.parts):
                 raise ValueError(
@@ -219,7 +220,7 @@ class Factorisation:
                 )
             first, last = algebra.parts[0], algebra.parts[number - 1]
             name = first if number == 1 else f"{first}:{last}"
-            marginal = algebra.marginal(name, (1 << number) - 1)
+            marginal = forms.marginal(algebra, name, (1 << number) - 1)
             terms.append(replace(marginal, sign=0))
         return cls(algebra.parts, terms)
 
@@ -263,7 +264,7 @@ class Factorisation:
         """
         algebra = Algebra(parts, assuming)
         family = Family(algebra, patterns)
-        factorisation = cls(algebra.parts, algebra.form(family.tree()), algebra.assuming)
+        factorisation = cls(algebra.parts, forms.form(algebra, family.tree()), algebra.assuming)
         family.check_observed(factorisation.terms)
         return factorisation
 
@@ -271,7 +272,9 @@ class Factorisation:
     def _grown(
         cls, algebra: Algebra, groups: tuple[Group, ...], windows: bool = False
     ) -> Factorisation:
-        return cls(algebra.parts, algebra.form(Group("", groups), windows), algebra.assuming)
+        return cls(
+            algebra.parts, forms.form(algebra, Group("", groups), windows), algebra.assuming
+        )
 
     def refine(self, group: str, other: Factorisation) -> Factorisation:
         """Replaces the marginal of a group by a factorisation over the group's parts.
@@ -343,13 +346,7 @@ class Factorisation:
             >>> Factorisation.flat(["a", "b"], assuming=[independence]).required_observations()
             (('a',), ('b',))
         """
-        seen = {
-            density.parts
-            for term in self.terms
-            for density in (*term.numerator, *term.denominator)
-            if density.source == "p"
-        }
-        largest = [a for a in seen if not any(set(a) < set(b) for b in seen)]
+        largest = drawing.observed_together(self.terms)
         position = {name: i for i, name in enumerate(self.parts)}
         return tuple(sorted(largest, key=lambda parts: [position[name] for name in parts]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, overload
 
@@ -10,22 +10,73 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from factordisc.discriminator import FactorisedDiscriminator
-from factordisc.layouts import Batch
-from factordisc.sampling import DependencySampler, Observations, as_observations, map_tensors
+from factordisc.discriminator import FactorisedDiscriminator, TermBatches
+from factordisc.layouts import Batch, Tensors, outward
+from factordisc.observations import Observations
+from factordisc.sampling import DependencySampler, Step
 
 __all__ = ["DiscriminatorLoss", "generator_loss"]
 
-TermFunction: TypeAlias = Callable[[Batch], Tensor]
-Penalty: TypeAlias = Callable[[TermFunction, Batch, Batch], Tensor]
+Rows: TypeAlias = "Tensor | Tensors"
+Penalty: TypeAlias = "Callable[[Callable[[Batch], Tensor], TermRows], Tensor]"
 
 
-class TermRows(NamedTuple):
-    """What a term learns from in one step."""
+class TermRows:
+    """What a term learns from in one step.
 
-    numerator: Batch
-    denominator: Batch
-    weight: Tensor
+    Rows have the form that the term's network receives: a tensor, or a tuple of several. The
+    sides lie one below the other in one memory, so that a network is called on all of them
+    without another copy.
+
+    Args:
+        sides: The rows of each side; of a ratio, those of its numerator and its denominator.
+        weight: A scalar: 1, or 0 for a term that lacks data in this step.
+        generated: The generator's rows of the term's parts, where the generator will ask the
+            term; ``None`` unless something asks for them.
+        missing: Whether the term lacks data in this step.
+    """
+
+    def __init__(
+        self,
+        sides: Sequence[Rows],
+        weight: Tensor,
+        generated: Rows | None = None,
+        missing: bool = False,
+    ) -> None:
+        several = [side if isinstance(side, tuple) else (side,) for side in sides]
+        self.sizes = [side[0].shape[0] for side in several]
+        self.weight = weight
+        self.generated = generated
+        self.missing = missing
+        # Sides of unlike shapes cannot lie in one memory.
+        self.joined: Tensors | None = None
+        self.apart: list[Tensors] = []
+        columns = list(zip(*several, strict=True))
+        if all([_alike(column) for column in columns]):
+            self.joined = tuple([torch.cat(column) for column in columns])
+        else:
+            self.apart = several
+
+    @property
+    def sides(self) -> tuple[Rows, ...]:
+        """The rows of each side."""
+        return tuple(map(outward, self.split()))
+
+    @property
+    def numerator(self) -> Rows:
+        """The rows of a ratio's numerator."""
+        return self.sides[0]
+
+    @property
+    def denominator(self) -> Rows:
+        """The rows of a ratio's denominator."""
+        return self.sides[1]
+
+    def split(self) -> list[Tensors]:
+        """Returns the rows of each side as the arguments of the network."""
+        if self.joined is None:
+            return self.apart
+        return list(zip(*(torch.split(rows, self.sizes) for rows in self.joined), strict=True))
 
 
 class TermReport(NamedTuple):
@@ -49,22 +100,24 @@ class TermReport(NamedTuple):
 class DiscriminatorLoss(nn.Module):
     """The sum over terms of what their classifiers cost on one step's data.
 
-    It works in two stages. `rows` draws the rows of every term: all randomness, everything about
-    missing data, and nothing else. `cost` is networks and arithmetic of a fixed structure: one
-    graph for `torch.compile`, whatever a step lacks. Calling the module does both.
+    It works in three stages. `rows` draws the rows of every term: all randomness, everything
+    about missing data, and nothing else. `cost` is networks and arithmetic of a fixed structure:
+    one graph for `torch.compile`, whatever a step lacks. `penalty` is what differentiates twice,
+    which a compiled graph cannot. Calling the module does all three.
 
     A term that lacks data in a step is evaluated on the generator's rows with weight zero: it
-    costs nothing and its parameters get gradients of zero, not ``None``, so that no rank of a
-    distributed run waits for it. An optimiser with momentum or weight decay still moves them.
+    costs nothing, whatever its network makes of them, its buffers stay, and its parameters get
+    gradients of zero, not ``None``, so that no rank of a distributed run waits for it. An
+    optimiser with momentum or weight decay still moves them.
 
     Args:
         discriminator: The discriminator that is trained.
         sampler: Draws the rows. If ``None``, a collision-free `DependencySampler`.
         penalties: Callables by term, or "*" for every term without one of its own. They get a
-            function from rows of the term to its log ratio, and the rows of its numerator and
-            denominator, and return a scalar that is added to the loss.
-        separate_batches: Evaluate numerator and denominator in two passes, for networks with
-            batch statistics. By default they share one.
+            function from rows of the term to its log ratio, and the term's `TermRows`, and return
+            a scalar that is added to the loss.
+        separate_batches: Evaluate the sides of a term in a pass each, and terms that share a
+            network by themselves, for networks with batch statistics. By default they share one.
         check_finite: Look for NaN and infinite values in every batch. Off by default: it waits
             for the device.
 
@@ -119,6 +172,9 @@ class DiscriminatorLoss(nn.Module):
                 )
         self.separate_batches = separate_batches
         self.check_finite = check_finite
+        # By device, the weights 0 and 1 of every term: a compiled `cost` is guarded by which of
+        # its inputs are one object.
+        self._weights: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
     @overload
     def forward(
@@ -151,40 +207,50 @@ class DiscriminatorLoss(nn.Module):
             # Not a decorator: that would import the compiler with this package.
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
         rows = draw(real, fake)
-        return self.cost(rows, report=True) if report else self.cost(rows)
+        loss, reports = self._cost(rows, report)
+        if self.penalties:
+            loss = loss + self.penalty(rows)
+        return (loss, reports) if report else loss
 
-    def rows(self, real: Observations | Batch, fake: Batch) -> dict[str, TermRows]:
-        """Draws the rows of every term, without gradients: all that is random or missing.
+    def rows(
+        self, real: Observations | Batch, fake: Batch, *, detach: bool = True
+    ) -> dict[str, TermRows]:
+        """Draws the rows of every term: all that is random or missing.
 
         Args:
             real: As for the module itself.
             fake: As for the module itself.
+            detach: Cut the rows off the generator. ``False`` keeps its graph, for generators
+                that differentiate through the discriminator's updates (unrolled GANs).
 
         Returns:
-            By term, the rows of its two sides and its weight: 1, or 0 if data lack for it.
+            The `TermRows` of every term, with generated rows for those that have a penalty.
         """
-        # detach: the update must not reach the generator
-        fake = map_tensors(Tensor.detach, fake)
-        sources = {"p": as_observations(real), "q": as_observations(fake)}
+        labels = {"p": "`real`", "q": "`fake`"}
+        step = Step(self.sampler, {"p": real, "q": fake}, labels, detach)
         if self.check_finite:
-            for source, observations in sources.items():
-                self._check_finite(source, observations)
-        partition = self.discriminator.partition
-        weights = self._weights(fake)
+            self._check_finite(step)
+        d = self.discriminator
+        whole = step.batches["q"].get(d.partition.names)
+        if whole is None:
+            raise ValueError("`fake` expects whole observations, at least one, but got none.")
+        terms, device = d.factorisation.terms, whole[0].device
+        if device not in self._weights:
+            zeros, ones = (full(len(terms), device=device) for full in (torch.zeros, torch.ones))
+            self._weights[device] = (zeros.unbind(), ones.unbind())
+        penalised = self.penalties.keys()
         drawn = {}
-        for term in self.discriminator.factorisation.terms:
-            lacking = self.sampler.lacks(term, sources)
-            if lacking:
-                # Never an empty batch: users' networks reshape by x.size(0).
-                rows = partition.cut(fake, term.parts)
-                sides: tuple[Batch, Batch] = (rows, rows)
-            else:
-                sides = self.sampler.draw(term, sources)
-            restricted = partition.restrict(term.parts)
-            numerator, denominator = (
-                map_tensors(_settled, restricted.cut(side, term.parts)) for side in sides
-            )
-            drawn[term.name] = TermRows(numerator, denominator, weights[int(not lacking)])
+        for term, zero, one in zip(terms, *self._weights[device], strict=True):
+            sides, generated = step.sides(term), None
+            missing = sides is None
+            if missing or (penalised and (term.name in penalised or "*" in penalised)):
+                generated = d._takes[term.name](whole)
+            if sides is None:
+                # Never an empty batch: users' networks reshape by x.size(0). Rolled, so that no
+                # penalty divides by a difference of zero.
+                sides = (generated or (), tuple(t.roll(1, 0) for t in generated or ()))
+            asked = None if generated is None else outward(generated)
+            drawn[term.name] = TermRows(sides, zero if missing else one, asked, missing)
         return drawn
 
     @overload
@@ -196,7 +262,7 @@ class DiscriminatorLoss(nn.Module):
     def cost(
         self, rows: Mapping[str, TermRows], report: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, TermReport]]:
-        """Evaluates the networks on rows that `rows` has drawn.
+        """Evaluates the networks on rows that `rows` has drawn, without penalties.
 
         Args:
             rows: The rows of every term, or of those that count.
@@ -205,74 +271,115 @@ class DiscriminatorLoss(nn.Module):
         Returns:
             As the module itself.
         """
-        d = self.discriminator
+        loss, reports = self._cost(rows, report)
+        return (loss, reports) if report else loss
+
+    def penalty(self, rows: Mapping[str, TermRows]) -> Tensor:
+        """Evaluates the penalties on rows that `rows` has drawn.
+
+        Args:
+            rows: The rows of every term, or of those that count.
+
+        Returns:
+            The sum of what the penalties return, a scalar; nothing of terms without data.
+        """
+        costs = []
+        for name, term in rows.items():
+            penalty = self.penalties.get(name, self.penalties.get("*"))
+            if penalty is not None and not term.missing:
+                costs.append(penalty(partial(self.discriminator.term, name), term) * term.weight)
+        return torch.stack(costs).sum() if costs else next(iter(rows.values())).weight * 0
+
+    def _cost(
+        self, rows: Mapping[str, TermRows], report: bool
+    ) -> tuple[Tensor, dict[str, TermReport]]:
         if not rows:
             raise ValueError("`rows` expects the rows of at least one term, but got none.")
-        if self.separate_batches:
-            above = d.outputs({name: [term.numerator] for name, term in rows.items()})
-            below = d.outputs({name: [term.denominator] for name, term in rows.items()})
-            outputs = {name: (above[name][0], below[name][0]) for name in rows}
-        else:
-            both = d.outputs({n: [term.numerator, term.denominator] for n, term in rows.items()})
-            outputs = {name: (both[name][0], both[name][1]) for name in rows}
+        # A graph must not know what a step lacks, so there every term is masked by its weight.
+        compiling = torch.compiler.is_compiling()
+        weights = {n: term.weight for n, term in rows.items() if compiling or term.missing}
+        outputs = self._outputs(rows, weights)
+        # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
+        groups: dict[object, list[str]] = {}
+        for name, term in rows.items():
+            groups.setdefault(name if compiling else tuple(term.sizes), []).append(name)
         losses: list[Tensor] = []
         reports: dict[str, TermReport] = {}
-        for name, (numerator, denominator) in outputs.items():
-            weight = rows[name].weight
-            loss = d.objective.loss(numerator, denominator) * weight
-            losses.append(loss)
-            penalty = self.penalties.get(name, self.penalties.get("*"))
-            if penalty is not None:
-                cost = penalty(partial(d.term, name), rows[name].numerator, rows[name].denominator)
-                losses.append(cost * weight)
+        for names in groups.values():
+            stacked = torch.stack([outputs[name] for name in names])
+            sides = torch.split(stacked, rows[names[0]].sizes, 1)
+            loss = self._losses(sides, len(names))
+            weight = None
+            if any(name in weights for name in names):
+                weight = torch.stack([rows[name].weight for name in names])
+                loss = torch.where(weight > 0, loss, 0.0)
+            losses.append(loss.sum())
             if report:
-                reports[name] = self._report(loss, numerator, denominator, weight)
-        total = torch.stack(losses).sum()
-        return (total, reports) if report else total
+                reports.update(self._reports(names, loss.detach(), sides, weight))
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return total, {name: reports[name] for name in rows} if report else {}
 
-    def _report(
-        self, loss: Tensor, numerator: Tensor, denominator: Tensor, weight: Tensor
-    ) -> TermReport:
-        above = self.discriminator.objective.log_ratio(numerator.detach())
-        below = self.discriminator.objective.log_ratio(denominator.detach())
-        right = (above > 0).to(above.dtype).mean() + (below <= 0).to(below.dtype).mean()
-        figures = torch.stack([right / 2, above.mean(), below.mean()])
-        accuracy, high, low = torch.where(weight > 0, figures, torch.nan).unbind()
-        return TermReport(loss.detach(), accuracy, high, low)
+    def _outputs(
+        self, rows: Mapping[str, TermRows], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Evaluates terms on all their sides, one below the other."""
+        together: dict[str, Tensors] = {}
+        apart: list[dict[str, Tensors]] = []
+        for name, term in rows.items():
+            if term.joined is not None and not self.separate_batches:
+                together[name] = term.joined
+                continue
+            apart = apart or [{} for _ in term.sizes]
+            for batches, side in zip(apart, term.split(), strict=True):
+                batches[name] = side
+        d = self.discriminator
+        outputs: dict[str, Tensor] = d(TermBatches(together, weights)) if together else {}
+        several = [d(TermBatches(b, weights, self.separate_batches)) for b in apart]
+        for name in several[0] if several else ():
+            outputs[name] = torch.cat([one[name] for one in several])
+        return outputs
 
-    def _weights(self, generated: Batch) -> Tensor:
-        """Returns the weights 0 and 1 on the device of the generator's batch."""
-        arrays = self.discriminator.partition.arguments(generated)
-        for array in arrays:
-            if not isinstance(array, Tensor):
-                raise TypeError("DiscriminatorLoss expects tensors, but `fake` holds an array.")
-        device = arrays[0].device if isinstance(arrays[0], Tensor) else None
-        return torch.arange(2, dtype=torch.float32, device=device)
+    def _losses(self, sides: tuple[Tensor, ...], number: int) -> Tensor:
+        """What terms cost, from the outputs (T, N) of each side."""
+        objective = self.discriminator.objective
+        if number > 1:
+            losses = objective.loss(*sides)
+            if losses.shape == (number,):
+                return losses
+        # The objective averages over everything.
+        return torch.stack([objective.loss(*outputs) for outputs in zip(*sides, strict=True)])
 
-    def _check_finite(self, source: str, observations: Observations) -> None:
-        for names, observed in observations.observed(self.discriminator.partition).items():
-            for part, values in observed.partition.split(observed.batch).items():
-                if isinstance(values, Tensor) and not bool(torch.isfinite(values).all()):
-                    raise ValueError(
-                        f"Part {part!r} of the batch of {source} over {names} holds "
-                        "NaN or infinite values."
-                    )
+    def _reports(
+        self, names: list[str], losses: Tensor, sides: tuple[Tensor, ...], weight: Tensor | None
+    ) -> dict[str, TermReport]:
+        above, below = (self.discriminator.objective.log_ratio(side.detach()) for side in sides)
+        right = (above > 0).to(above.dtype).mean(1) + (below <= 0).to(below.dtype).mean(1)
+        figures = torch.stack([right / 2, above.mean(1), below.mean(1)])
+        if weight is not None:
+            figures = torch.where(weight > 0, figures, torch.nan)
+        columns = zip(losses.unbind(), *(figure.unbind() for figure in figures), strict=True)
+        return {name: TermReport(*column) for name, column in zip(names, columns, strict=True)}
+
+    def _check_finite(self, step: Step) -> None:
+        partition = self.discriminator.partition
+        for source, batches in step.batches.items():
+            for names, tensors in batches.items():
+                layout = partition._layout.restrict(names)
+                for part, values in layout.split(tensors).items():
+                    if not bool(torch.isfinite(values).all()):
+                        raise ValueError(
+                            f"Part {part!r} of the batch of {source} over {names} holds "
+                            "NaN or infinite values."
+                        )
 
     def extra_repr(self) -> str:
         """Names the sampler and the options."""
         return f"{self.sampler}, separate_batches={self.separate_batches}"
 
 
-def _settled(rows: Tensor) -> Tensor:
-    """Gives rows the one form that a compiled `cost` may rely on, whatever the step lacked.
-
-    A graph is guarded by the strides of its inputs and by which of them are one object.
-    """
-    rows = rows.detach()  # an object of its own
-    dense = rows.is_contiguous() or (
-        rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-    )
-    return rows if dense else rows.clone()
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    shape = tensors[0].shape[1:]
+    return all([tensor.shape[1:] == shape for tensor in tensors[1:]])
 
 
 def generator_loss(

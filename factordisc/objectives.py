@@ -12,10 +12,15 @@ __all__ = ["Logistic"]
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss whose optimum is a known function of a density ratio."""
+    """A loss whose optimum is a known function of a density ratio.
+
+    Outputs have shape (N,). A loss that averages over the last dimension only can also be given
+    the outputs of T terms at once, with shape (T, N), and then returns shape (T,): far fewer
+    small operations for many terms. One that averages over everything is called term by term.
+    """
 
     def loss(self, numerator_output: Tensor, denominator_output: Tensor) -> Tensor:
-        """Returns the cost, a scalar; each class is averaged by itself."""
+        """Returns the cost; each class is averaged by itself."""
         ...
 
     def log_ratio(self, output: Tensor) -> Tensor:
@@ -45,13 +50,13 @@ class Logistic:
         """Returns the cost of the outputs for rows of the two sides.
 
         Args:
-            numerator_output: Logits of rows of the numerator, with shape (N,).
-            denominator_output: Logits of rows of the denominator, with shape (M,).
+            numerator_output: Logits of rows of the numerator, with shape (N,) or (T, N).
+            denominator_output: Logits of rows of the denominator, with shape (M,) or (T, M).
 
         Returns:
-            A scalar, in nats.
+            A scalar, or one per term with shape (T,), in nats.
         """
-        return softplus(-numerator_output).mean() + softplus(denominator_output).mean()
+        return softplus(-numerator_output).mean(-1) + softplus(denominator_output).mean(-1)
 
     def log_ratio(self, output: Tensor) -> Tensor:
         """Returns `output` itself: a logit of this loss is a log ratio, in nats."""

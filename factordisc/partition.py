@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from factordisc.layouts import (
     Array,
@@ -16,65 +17,16 @@ from factordisc.layouts import (
     Indices,
     Layout,
     Slices,
-    check_integer,
+    Span,
     check_same_names,
-    checked_dim,
-    kind,
+    like,
+    outward,
 )
+from factordisc.names import check_part_name, kind
 
 __all__ = ["Partition"]
 
-Pattern: TypeAlias = "str | tuple[str, ...]"
-
-# Names that nn.ModuleDict would refuse (or worse, shadow) as the key of a network.
-_MODULE_DICT = nn.ModuleDict()
-_TERM_NAMES = ("joint", "p_dependency", "q_dependency")
-
-
-def check_part_name(name: object) -> None:
-    """Refuses what cannot name a part, with the reason."""
-    check_key(name, "part")
-    if name in _TERM_NAMES:
-        raise ValueError(
-            f"{name!r} cannot name a part: it is the name of a term. Rename the part."
-        )
-    if "/" in cast(str, name):
-        raise ValueError(
-            f"{name!r} cannot name a part: '/' separates a group from its dependency "
-            "in the names of terms. Rename the part."
-        )
-
-
-def check_key(name: object, what: str) -> None:
-    """Refuses what cannot be a key of `nn.ModuleDict`; `what` is "part" or "term"."""
-    if not isinstance(name, str):
-        raise TypeError(f"A {what} name is a string, but got {name!r} of type {kind(name)}.")
-    if not name:
-        raise ValueError(f"A {what} name is a non-empty string, but got ''.")
-    if "." in name:
-        raise ValueError(
-            f"{name!r} cannot name a {what}: '.' separates the levels of a state dict. "
-            f"Rename the {what}."
-        )
-    if hasattr(_MODULE_DICT, name):
-        raise ValueError(
-            f"{name!r} cannot name a {what}: it is an attribute of nn.ModuleDict, "
-            f"which holds the networks. Rename the {what}."
-        )
-
-
-def pattern_names(pattern: object) -> tuple[str, ...]:
-    """Returns the names in a pattern, which is a name, a tuple of names, or "joint"."""
-    names = (pattern,) if isinstance(pattern, str) else pattern
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"A pattern is the name of a part, a tuple of names or 'joint', but got {pattern!r}."
-        )
-    if not names or len(set(names)) < len(names) or ("joint" in names and len(names) > 1):
-        raise ValueError(
-            f"A pattern names at least one part and each once, or is 'joint', but got {pattern!r}."
-        )
-    return names
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 
 class Partition:
@@ -88,7 +40,8 @@ class Partition:
     Everywhere a batch is taken it may be a tensor or a NumPy array of shape :math:`(N, *)`
     (of separate `fields`: a tuple or a mapping of them), of any dtype and on any device;
     nothing is copied that a view can show. A mapping from every part's name to its entries
-    is understood by every kind of partition.
+    is understood by every kind of partition, and so is a named tuple. What comes back has the
+    form of what was given: tensors for tensors, arrays for arrays.
 
     References:
         Stoller et al. (2020), Section 2.2: the subsets :math:`\mathcal{D}_1, ..., \mathcal{D}_K`.
@@ -114,18 +67,9 @@ class Partition:
         True
     """
 
-    def __init__(self, sizes: Mapping[str, int], dim: int = 1) -> None:
-        if not isinstance(sizes, Mapping):
-            raise TypeError(
-                "Partition expects a mapping from part names to sizes, such as "
-                f"{{'edges': 1, 'shoes': 3}}, but got {kind(sizes)}."
-            )
-        for name, size in sizes.items():
-            check_part_name(name)
-            check_integer(size, f"The size of part {name!r}")
-            if size < 1:
-                raise ValueError(f"Part {name!r} expects a size of at least 1, but got {size}.")
-        self._set(Slices(dict(sizes), checked_dim(dim)))
+    def __init__(self, sizes: Mapping[str, int] | Layout, dim: int = 1) -> None:
+        # The other constructors and `restrict` give a layout that they have made and checked.
+        self._layout = sizes if isinstance(sizes, Layout) else _slices(sizes, dim)
 
     @classmethod
     def indices(cls, parts: Mapping[str, Sequence[int]], dim: int = 1) -> Partition:
@@ -153,13 +97,13 @@ class Partition:
             if len(entries) == 0:
                 raise ValueError(f"Part {name!r} expects at least one index, but got none.")
             for entry in entries:
-                check_integer(entry, f"An index of part {name!r}")
-                if int(entry) in owner:
+                index = _integer(entry, f"An index of part {name!r}")
+                if index in owner:
                     raise ValueError(
-                        f"Parts do not overlap, but index {entry} stands in part "
-                        f"{owner[int(entry)]!r} and again in part {name!r}."
+                        f"Parts do not overlap, but index {index} stands in part "
+                        f"{owner[index]!r} and again in part {name!r}."
                     )
-                owner[int(entry)] = name
+                owner[index] = name
         missing = sorted(set(range(len(owner))) - set(owner))
         if missing:
             raise ValueError(
@@ -168,7 +112,7 @@ class Partition:
                 "Add it to a part."
             )
         sorted_parts = {name: tuple(sorted(map(int, e))) for name, e in parts.items()}
-        return cls._of(Indices(sorted_parts, checked_dim(dim)))
+        return cls(_at_least_two(Indices(sorted_parts, _checked_dim(dim))))
 
     @classmethod
     def boxes(cls, parts: Mapping[str, Sequence[slice]], shape: Sequence[int]) -> Partition:
@@ -194,9 +138,8 @@ class Partition:
         """
         if not isinstance(parts, Mapping):
             raise TypeError(f"Partition.boxes expects a mapping, but got {kind(parts)}.")
-        for size in (shape := tuple(shape)):
-            check_integer(size, "A size of `shape`")
-        spans: dict[str, tuple[tuple[int, int], ...]] = {}
+        shape = tuple(_integer(size, "A size of `shape`") for size in shape)
+        spans: dict[str, tuple[Span, ...]] = {}
         for name, box in parts.items():
             check_part_name(name)
             if not isinstance(box, Sequence) or not all(isinstance(s, slice) for s in box):
@@ -213,7 +156,7 @@ class Partition:
                     f"but got {tuple(box)}."
                 )
             spans[name] = tuple((r.start, r.stop) for r in ranges)
-        return cls._of(Boxes.covering(spans, shape))
+        return cls(_at_least_two(Boxes.covering(spans, shape)))
 
     @classmethod
     def fields(cls, *names: str) -> Partition:
@@ -236,7 +179,7 @@ class Partition:
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise ValueError(f"Partition.fields expects every name once, but got {names}.")
-        return cls._of(Fields(names))
+        return cls(_at_least_two(Fields(names)))
 
     @classmethod
     def steps(cls, number: int, dim: int = 1, names: Sequence[str] | None = None) -> Partition:
@@ -252,30 +195,11 @@ class Partition:
             >>> Partition.steps(3).take(torch.zeros(8, 3, 2), ["2", "3"]).shape
             torch.Size([8, 2, 2])
         """
-        check_integer(number, "The number of steps")
+        number = _integer(number, "The number of steps")
         names = [str(i + 1) for i in range(number)] if names is None else list(names)
         if len(names) != number or len(set(names)) != number:
             raise ValueError(f"Partition.steps expects {number} different names, but got {names}.")
         return cls(dict.fromkeys(names, 1), dim)
-
-    @classmethod
-    def _of(cls, layout: Layout) -> Partition:
-        self = cls.__new__(cls)
-        self._set(layout)
-        return self
-
-    def _set(self, layout: Layout) -> None:
-        if len(layout.names) < 2:
-            raise ValueError(
-                f"A partition has at least two parts, but got {len(layout.names)}: "
-                f"{layout.names}. With one part there is nothing to factorise."
-            )
-        self._store(layout)
-
-    def _store(self, layout: Layout) -> None:
-        self._layout = layout
-        self._position = {name: i for i, name in enumerate(layout.names)}
-        self._restricted: dict[tuple[str, ...], Partition] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -307,9 +231,10 @@ class Partition:
             ValueError: If the batch does not have the shape that the partition divides.
             TypeError: If it is not a tensor, an array, or (for fields) a tuple or mapping.
         """
-        return self._layout.split(self._layout.normalise(x))
+        parts: dict[str, Array] = like(x, self._layout.split(self._layout.read(x)))
+        return parts
 
-    def join(self, parts: Mapping[str, Array]) -> Array | tuple[Array, ...]:
+    def join(self, parts: Mapping[str, Array]) -> Any:
         """Puts the parts of a batch together: the inverse of `split`.
 
         Args:
@@ -322,9 +247,9 @@ class Partition:
             ValueError: If a part is missing or unknown, or their shapes do not fit.
         """
         check_same_names(self, self.names, parts)
-        return self._layout.join(parts)
+        return like(parts, outward(self._layout.join(parts)))
 
-    def take(self, x: Batch, names: str | Iterable[str]) -> Array | tuple[Array, ...]:
+    def take(self, x: Batch, names: str | Iterable[str]) -> Any:
         """Takes some parts of a batch, as a network receives them.
 
         Args:
@@ -342,48 +267,28 @@ class Partition:
             ValueError: If a name is unknown, the batch does not fit the partition, or boxes do
                 not fill the smallest box around them.
         """
-        names = self.ordered(names)
-        self.check_input(names)
-        return self._layout.take(self._layout.normalise(x), names)
+        ordered = self._layout.ordered(names)
+        check_input(self, ordered)
+        tensors = self._layout.read(x)
+        if ordered == self.names and isinstance(x, (Tensor, np.ndarray)):
+            return x
+        return like(x, outward(self._layout.taker(ordered)(tensors)))
 
-    def cut(self, x: Batch, names: str | Iterable[str]) -> Array | tuple[Array, ...]:
-        """Takes some parts of a batch, as a batch of ``restrict(names)``.
-
-        It is what `take` gives, but boxes that do not fill the smallest box around them come
-        as a tuple of tensors, in the order of the parts.
-
-        Args:
-            x: A batch of N whole observations.
-            names: The names of the parts, in any order.
-        """
-        return self._layout.take(self._layout.normalise(x), self.ordered(names))
-
-    def check_input(self, names: str | Iterable[str]) -> None:
-        """Refuses parts that `take` cannot give to a network.
-
-        Raises:
-            ValueError: If the parts are boxes that do not fill the smallest box around them.
-        """
-        names = self.ordered(names)
-        layout = self.restrict(names)._layout
-        if isinstance(layout, Boxes) and not layout.whole:
-            raise ValueError(
-                f"The boxes of {names} do not fill the smallest box around them, so they are no "
-                "input of a network. Pass a callable for the term in `inputs=` of the "
-                "FactorisedDiscriminator: it gets the tensor of every part, "
-                f"({', '.join(names)}), and returns what the network is to receive."
-            )
-
-    def recombine(self, x: Batch, orders: Mapping[str, Tensor]) -> Array | tuple[Array, ...]:
+    def recombine(self, x: Batch, orders: Mapping[str, Tensor]) -> Any:
         """Makes rows whose parts come from different observations.
 
         Args:
             x: A batch of N whole observations.
             orders: For every part the numbers of the observations that give it, row by row:
-                int64, all of one shape (M,).
+                int64, all of one shape (M,), from 0 to N - 1.
 
         Returns:
             M rows: one tensor, or for fields a tuple in the order of the parts.
+
+        Raises:
+            ValueError: If a part has no order, or orders differ in length, are not
+                one-dimensional, or name observations that there are not.
+            TypeError: If an order is not a tensor of int64.
 
         Example:
             >>> x = torch.tensor([[0, 10], [1, 11]])
@@ -393,10 +298,33 @@ class Partition:
                     [ 1, 10]])
         """
         check_same_names(self, self.names, orders)
-        return self._layout.recombine(self._layout.normalise(x), orders)
+        tensors = self._layout.read(x)
+        length = None
+        for name, order in orders.items():
+            if not isinstance(order, Tensor) or order.dtype != torch.int64:
+                got = f"a tensor of {order.dtype}" if isinstance(order, Tensor) else kind(order)
+                raise TypeError(f"The order of part {name!r} is a tensor of int64, but got {got}.")
+            length = order.shape if length is None else length
+            if order.dim() != 1 or order.shape != length:
+                raise ValueError(
+                    "The orders have one length and one dimension, but that of part "
+                    f"{name!r} has shape {tuple(order.shape)}, where {tuple(length)} came first."
+                )
+            rows = len(tensors[0])
+            if len(order) and not 0 <= int(order.min()) <= int(order.max()) < rows:
+                raise ValueError(
+                    f"The order of part {name!r} names observations from {int(order.min())} to "
+                    f"{int(order.max())}, but there are {rows}, from 0."
+                )
+        device = tensors[0].device
+        combine = self._layout.combiner([(name,) for name in self.names])
+        return like(x, outward(combine(tensors, [orders[n].to(device) for n in self.names])))
 
     def restrict(self, names: str | Iterable[str]) -> Partition:
         """Returns the partition of what `take` gives for these parts: one part is allowed.
+
+        Boxes that do not fill the smallest box around them are divided as the tuple of their
+        tensors, in the order of the parts.
 
         Args:
             names: The names of the parts, in any order.
@@ -406,46 +334,53 @@ class Partition:
             >>> partition.restrict(["a", "c"])
             Partition.indices({'a': [0, 2], 'c': [1]}, dim=1)
         """
-        key = self.ordered(names)
-        if key == self.names:
-            return self
-        if key not in self._restricted:
-            restricted = Partition.__new__(Partition)
-            restricted._store(self._layout.restrict(key))
-            self._restricted[key] = restricted
-        return self._restricted[key]
+        ordered = self._layout.ordered(names)
+        return self if ordered == self.names else Partition(self._layout.restrict(ordered))
 
-    def batch_size(self, x: Batch) -> int:
-        """Returns N, the number of observations of a batch, after checking its form.
 
-        Args:
-            x: A batch of whole observations.
+def check_input(partition: Partition, names: tuple[str, ...]) -> None:
+    """Refuses boxes that cannot be one input of a network."""
+    layout = partition._layout.restrict(names)
+    if isinstance(layout, Boxes) and not layout.filled:
+        raise ValueError(
+            f"The boxes of {names} do not fill the smallest box around them, so they cannot be "
+            "the input of a network. Pass a callable for the term in `inputs=` of the "
+            "FactorisedDiscriminator: it gets the tensor of every part, "
+            f"({', '.join(names)}), and returns what the network is to receive."
+        )
 
-        Raises:
-            ValueError: If the batch does not fit the partition, or its fields differ in length.
-            TypeError: If it is not a tensor, an array, or (for fields) a tuple or mapping.
-        """
-        arrays = self._layout.arrays(self._layout.normalise(x))
-        return int(arrays[0].shape[0]) if isinstance(arrays[0], np.ndarray) else arrays[0].size(0)
 
-    def arguments(self, x: Batch) -> tuple[Array, ...]:
-        """Returns the positional arguments with which a network is called on a batch.
+def _slices(sizes: Mapping[str, int], dim: int) -> Slices:
+    if not isinstance(sizes, Mapping):
+        raise TypeError(
+            "Partition expects a mapping from part names to sizes, such as "
+            f"{{'edges': 1, 'shoes': 3}}, but got {kind(sizes)}."
+        )
+    checked = {}
+    for name, size in sizes.items():
+        check_part_name(name)
+        checked[name] = _integer(size, f"The size of part {name!r}")
+        if checked[name] < 1:
+            raise ValueError(f"Part {name!r} expects a size of at least 1, but got {size}.")
+    return _at_least_two(Slices(checked, _checked_dim(dim)))
 
-        Args:
-            x: A batch of whole observations.
-        """
-        return self._layout.arrays(self._layout.normalise(x))
 
-    def ordered(self, names: str | Iterable[str]) -> tuple[str, ...]:
-        """Sorts names into the order of the parts.
+def _at_least_two(layout: AnyLayout) -> AnyLayout:
+    if len(layout.names) < 2:
+        raise ValueError(
+            f"A partition has at least two parts, but got {len(layout.names)}: "
+            f"{layout.names}. With one part there is nothing to factorise."
+        )
+    return layout
 
-        Raises:
-            ValueError: If there is none, one is unknown, or one is named twice.
-        """
-        names = (names,) if isinstance(names, str) else tuple(names)
-        for name in names:
-            if name not in self._position:
-                raise ValueError(f"{self} has no part {name!r}. Its parts are {self.names}.")
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Expected at least one part and each once, but got {names}.")
-        return tuple(sorted(names, key=self._position.__getitem__))
+
+def _integer(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{what} is an integer, but got {value!r} of type {kind(value)}.")
+    return int(value)
+
+
+def _checked_dim(dim: int) -> int:
+    if _integer(dim, "`dim`") == 0:
+        raise ValueError("`dim` 0 is the batch; the parts lie along another dimension.")
+    return int(dim)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from factordisc.algebra import Algebra, Group
+from factordisc.algebra import Algebra
 from factordisc.densities import Ratio, expression_of, mask_of
-from factordisc.partition import Pattern, pattern_names
+from factordisc.forms import Group
+from factordisc.names import Pattern, maximal, pattern_names, quoted
 
 __all__: list[str] = []
 
@@ -59,7 +60,7 @@ class Family:
     def _group(self, name: str, whole: int, within: Sequence[int]) -> Group:
         """Makes a group of the largest patterns within a set and of the parts in none of them."""
         units: dict[int, Group] = {}
-        for cluster in _clusters(_largest(within)):
+        for cluster in _clusters(maximal(within, _within)):
             union = _union(cluster)
             inner = [m for m in within if not m & ~union and m not in cluster]
             if len(cluster) == 1:
@@ -119,7 +120,7 @@ class Family:
         return (
             f"The patterns {names(one)} and {names(other)} overlap, but neither holds the other, "
             "so their dependency cannot learn from both. If it is true, pass assuming="
-            f"[independent({_block(left)}, {_block(right)}, given={given}, under='p')]; or leave "
+            f"[independent({quoted(left)}, {quoted(right)}, given={given}, under='p')]; or leave "
             "one of the patterns out: its samples still train its marginals."
         )
 
@@ -130,7 +131,7 @@ class Family:
                 f"or pass assuming=[shared({parts[0]!r})] if p and q agree there."
             )
         sides = (term.numerator, term.denominator)
-        blocks = ", ".join(_block(density.parts) for density in max(sides, key=len))
+        blocks = ", ".join(quoted(density.parts) for density in max(sides, key=len))
         return (
             f"No pattern holds {parts} together, which term {term.name!r} needs. Observe some "
             f"samples of them, or pass assuming=[independent({blocks}, under='p')] if that is "
@@ -144,10 +145,6 @@ class Family:
 def _overlap(one: int, other: int) -> bool:
     """Whether two sets meet, and neither holds the other."""
     return bool(one & other) and bool(one & ~other) and bool(other & ~one)
-
-
-def _largest(masks: Sequence[int]) -> list[int]:
-    return [m for m in masks if not any(m != other and not m & ~other for other in masks)]
 
 
 def _clusters(masks: Iterable[int]) -> list[list[int]]:
@@ -167,9 +164,9 @@ def _union(masks: Iterable[int]) -> int:
     return union
 
 
+def _within(one: int, other: int) -> bool:
+    return not one & ~other
+
+
 def _first(mask: int) -> int:
     return mask & -mask
-
-
-def _block(names: tuple[str, ...]) -> str:
-    return repr(names[0]) if len(names) == 1 else repr(names)

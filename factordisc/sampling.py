@@ -1,179 +1,25 @@
-"""Rows for the two sides of every term: what was observed, and draws with independent parts."""
+"""Rows for the sides of every term: what was observed, and draws with independent parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from factordisc.densities import Density, Ratio
-from factordisc.layouts import Array, Batch
-from factordisc.partition import Partition, Pattern, pattern_names
+from factordisc.layouts import Batch, Combine, Layout, Take, Tensors, by_name, like, outward
+from factordisc.observations import Observations
+from factordisc.partition import Partition
 
-__all__ = ["DependencySampler", "Observations"]
+if TYPE_CHECKING:  # the algebra imports nothing from here, nor this from the algebra
+    from factordisc.densities import Density, Ratio
 
-
-class Observed(NamedTuple):
-    """A batch of one pattern, as a partition understands it."""
-
-    partition: Partition
-    batch: Batch
-    size: int
-
-
-class Observations(Mapping[Pattern, Batch]):
-    """What a training step has of real data: batches, keyed by the parts seen together.
-
-    The key of a batch, its *pattern*, is the name of a part, a tuple of names in any order, or
-    "joint" for all parts. Its value has the form of ``partition.take(sample, pattern)``: for
-    `Partition.fields` a tensor for one part, and a tuple in the order of the parts or a mapping
-    for several. Batches may differ in length; the fields of one batch may not. A pattern whose
-    batch is ``None`` or has no rows counts as not observed in this step.
-
-    It is a read-only mapping and, because DistributedDataParallel rebuilds those, not a dict.
-
-    Note:
-        What is missing must be missing completely at random: the batch of a pattern stands for
-        the marginal of p over its parts. Rows of a batch must be distinct draws: of snippets
-        of songs, take batches in which each song occurs once.
-
-    Args:
-        batches: Batches by pattern.
-        **named: The same, for patterns that are a name.
-
-    Raises:
-        ValueError: If two keys are the same pattern.
-        TypeError: If a key is not a name or a tuple of names.
-
-    Example:
-        >>> pairs, lefts = torch.zeros(4, 6), torch.zeros(16, 3)
-        >>> real = Observations({("left", "right"): pairs}, left=lefts)
-        >>> real["right", "left"].shape, "right" in real, len(real)
-        (torch.Size([4, 6]), False, 2)
-    """
-
-    def __init__(
-        self, batches: Mapping[Pattern, Batch | None] | None = None, /, **named: Batch | None
-    ) -> None:
-        self._batches: dict[frozenset[str], tuple[Pattern, Batch]] = {}
-        # The step's terms all ask for the same partition's view of these batches.
-        self._seen: tuple[Partition, dict[tuple[str, ...], Observed]] | None = None
-        given: Iterable[tuple[Any, Batch | None]] = [*dict(batches or {}).items(), *named.items()]
-        patterns: set[frozenset[str]] = set()
-        for key, batch in given:
-            names = pattern_names(key)
-            if frozenset(names) in patterns:
-                raise ValueError(
-                    f"Observations expects every pattern once, but got {key!r} twice."
-                )
-            patterns.add(frozenset(names))
-            if batch is not None:
-                pattern = names[0] if len(names) == 1 else names
-                self._batches[frozenset(names)] = (pattern, batch)
-
-    def __getitem__(self, pattern: Pattern) -> Batch:
-        names = frozenset(pattern_names(pattern))
-        if names not in self._batches:
-            raise KeyError(f"{pattern!r} was not observed; there are {list(self)}")
-        return self._batches[names][1]
-
-    def __contains__(self, pattern: object) -> bool:
-        try:
-            return frozenset(pattern_names(pattern)) in self._batches
-        except (TypeError, ValueError):
-            return False
-
-    def __iter__(self) -> Iterator[Pattern]:
-        return (pattern for pattern, _ in self._batches.values())
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __repr__(self) -> str:
-        shapes = (f"{pattern!r}: {_shapes(batch)}" for pattern, batch in self._batches.values())
-        return f"Observations({{{', '.join(shapes)}}})"
-
-    def to(self, *args: Any, **kwargs: Any) -> Observations:
-        """Returns the batches moved as by `torch.Tensor.to`, with the same arguments."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
-
-    def pin_memory(self) -> Observations:
-        """Returns the batches in pinned memory; `torch.utils.data.DataLoader` calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Observations:
-        return Observations({key: map_tensors(change, batch) for key, batch in self.items()})
-
-    @staticmethod
-    def collate(samples: Sequence[Mapping[str, Any]]) -> Observations:
-        """Groups samples that lack parts by what they have: a `collate_fn` for data with holes.
-
-        Args:
-            samples: Mappings from part names to values; a part that was not observed is absent
-                or ``None``. The values of a part are stacked as by `default_collate`.
-
-        Returns:
-            One batch per pattern that occurs: a tensor for one part, a mapping for several.
-
-        Raises:
-            ValueError: If a sample has no parts at all.
-            TypeError: If a sample is not a mapping.
-
-        Example:
-            >>> samples = [{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": None}, {"a": 4.0}]
-            >>> Observations.collate(samples)["a"]
-            tensor([3., 4.], dtype=torch.float64)
-        """
-        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for i, sample in enumerate(samples):
-            if not isinstance(sample, Mapping):
-                raise TypeError(
-                    "Observations.collate expects mappings from part names to values, "
-                    f"but sample {i} is of type {type(sample).__name__}."
-                )
-            present = {name: value for name, value in sample.items() if value is not None}
-            if not present:
-                raise ValueError(
-                    f"Sample {i} has no observed parts. Leave it out of the data set."
-                )
-            groups.setdefault(tuple(sorted(present)), []).append(present)
-        batches: dict[Pattern, Batch | None] = {}
-        for names, group in groups.items():
-            fields = {name: default_collate([s[name] for s in group]) for name in group[0]}
-            batches[names] = fields if len(names) > 1 else fields[names[0]]
-        return Observations(batches)
-
-    def observed(self, partition: Partition) -> dict[tuple[str, ...], Observed]:
-        """Returns the batches that have rows by their parts, in the order of the partition.
-
-        Raises:
-            ValueError: If a pattern names an unknown part, "joint" and all parts are both
-                given, or a batch does not have the form of its pattern.
-            TypeError: If a batch is of the wrong kind.
-        """
-        if self._seen is not None and self._seen[0] is partition:
-            return self._seen[1]
-        observed: dict[tuple[str, ...], Observed] = {}
-        for pattern, batch in self._batches.values():
-            names = partition.names if pattern == "joint" else partition.ordered(pattern)
-            if names in observed:
-                raise ValueError(f"All parts were given twice: as 'joint' and as {names}.")
-            restricted = partition.restrict(names)
-            try:
-                size = restricted.batch_size(batch)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"In the batch observed of {pattern!r}: {error}") from None
-            if size:
-                observed[names] = Observed(restricted, batch, size)
-        self._seen = (partition, observed)
-        return observed
+__all__ = ["DependencySampler"]
 
 
 class DependencySampler:
-    r"""Draws the rows of both sides of a term: observations, and combinations of them.
+    r"""Draws the rows of the sides of a term: observations, and combinations of them.
 
     Where a side is a product of densities, one random order :math:`\pi` of the batch says
     which observation gives which block of parts, so that no drawn row combines two blocks of
@@ -224,11 +70,15 @@ class DependencySampler:
         self.partition = partition
         self.rng = rng
         self.collisions = collisions
+        # What is known before any data come: the layouts of a source's patterns, and how a term
+        # is drawn from a set of patterns.
+        self._layouts: dict[tuple[Any, ...], list[Layout]] = {}
+        self._plans: dict[Any, dict[str, _Plan]] = {}
 
     def __repr__(self) -> str:
         return f"DependencySampler({self.partition}, collisions={self.collisions!r})"
 
-    def __call__(self, x: Batch) -> Batch:
+    def __call__(self, x: Batch) -> Any:
         r"""Draws a batch whose parts are independent of each other.
 
         Args:
@@ -241,14 +91,41 @@ class DependencySampler:
             ValueError: If `x` holds fewer observations than there are parts, or does not fit
                 the partition.
         """
-        whole = Observed(self.partition, x, self.partition.batch_size(x))
-        blocks = [(name,) for name in self.partition.names]
-        return self._combine(whole, blocks, whole.size, "The sampler")
+        layout = self.partition._layout
+        tensors = layout.read(x)
+        rows, blocks = len(tensors[0]), [(name,) for name in layout.names]
+        if rows < len(blocks) and self.collisions == "forbid":
+            raise ValueError(
+                f"The sampler combines {len(blocks)} parts of different observations, but the "
+                f"batch of {layout.names} has {rows} rows. Use batches of at least "
+                f"{len(blocks)}, or group the parts with Factorisation.hierarchical."
+            )
+        orders = _Orders(self, tensors[0])
+        drawn = layout.combiner(blocks)(tensors, orders.of_blocks(len(blocks), rows))
+        return like(x, outward(drawn) if by_name(x) is None else layout.split(drawn))
+
+    def step(self, sources: Mapping[str, Observations | Batch]) -> Step:
+        """Prepares one step's data, from which the rows of any term can be drawn.
+
+        Each source is brought into one form and checked once, and each batch gets one random
+        order, which all terms share.
+
+        Args:
+            sources: What there is of each source, such as ``{"p": real, "q": fake}``:
+                `Observations`, or a batch of whole observations.
+
+        Raises:
+            ValueError: If a pattern names an unknown part, "joint" and all parts are both
+                given, a batch does not have the form of its pattern, or a part differs in
+                dtype or device between batches.
+            TypeError: If a batch is of the wrong kind.
+        """
+        return Step(self, sources)
 
     def draw(
         self, term: Ratio, sources: Mapping[str, Observations | Batch]
-    ) -> tuple[Batch, Batch]:
-        """Draws rows of the numerator and of the denominator of a term.
+    ) -> tuple[Any, ...] | None:
+        """Draws rows of the sides of a term: ``sampler.step(sources).draw(term)``.
 
         A side asks each of its sources once, for all the parts that it needs of it: it takes
         the batch observed with exactly those parts, else the smallest that contains them
@@ -259,164 +136,278 @@ class DependencySampler:
 
         Args:
             term: A ratio over parts of the partition.
-            sources: What there is of each source, such as ``{"p": real, "q": fake}``:
-                `Observations`, or a batch of whole observations.
+            sources: As for `step`.
 
         Returns:
-            The rows of the two sides, each in the form ``partition.take(x, term.parts)`` has
-            for its source; a view where nothing is combined.
+            As `Step.draw`.
 
         Raises:
-            ValueError: If a source lacks parts of the term, or a batch has fewer rows than
-                a side has blocks.
+            ValueError: As `step`; or if the term is about other parts or another source.
         """
-        for name in term.parts:
-            if name not in self.partition.names:
-                raise ValueError(
-                    f"Term {term.name!r} is about part {name!r}, "
-                    f"but the parts are {self.partition.names}."
-                )
-        observed = {
-            source: as_observations(given).observed(self.partition)
-            for source, given in sources.items()
-        }
-        return (
-            self._draw_side(term, "numerator", observed),
-            self._draw_side(term, "denominator", observed),
-        )
+        return self.step(sources).draw(term)
 
-    def lacks(self, term: Ratio, sources: Mapping[str, Observations]) -> bool:
-        """Says whether the sources lack data for a term, so that `draw` could not serve it."""
-        return any(
-            _smallest(sources[density.source].observed(self.partition), density.parts) is None
-            for density in (*term.numerator, *term.denominator)
-        )
 
-    def _draw_side(
-        self, term: Ratio, side: str, observed: Mapping[str, dict[tuple[str, ...], Observed]]
-    ) -> Batch:
-        densities: tuple[Density, ...] = getattr(term, side)
-        groups = self._group(term, densities, observed)
-        if len(groups) == 1 and len(densities) == 1:
-            return self._cut(groups[0][0], densities[0].parts)
-        rows = min(batch.size for batch, _ in groups)
-        who = f"The {side} of term {term.name!r}"
-        drawn = [self._combine(batch, blocks, rows, who) for batch, blocks in groups]
-        if len(groups) == 1:
-            return drawn[0]
-        parts: dict[str, Array] = {}
-        for (batch, blocks), combined in zip(groups, drawn, strict=True):
-            parts |= batch.partition.restrict(_union(blocks)).split(combined)
-        names = self.partition.ordered(parts)
-        if len(names) > 1 and all(isinstance(batch.batch, Mapping) for batch, _ in groups):
-            return {name: parts[name] for name in names}
-        return self.partition.restrict(names).join(parts)
+class Step:
+    """The data of one training step, and the rows of any term. Made by `DependencySampler.step`.
 
-    def _group(
+    Args:
+        sampler: The sampler.
+        sources: What there is of each source.
+        labels: What the sources are called in messages; by default by their names.
+        detach: Draw rows that carry no gradients.
+    """
+
+    def __init__(
         self,
-        term: Ratio,
-        densities: Sequence[Density],
-        observed: Mapping[str, dict[tuple[str, ...], Observed]],
-    ) -> list[tuple[Observed, list[tuple[str, ...]]]]:
-        """Chooses the batches of a side, each with the blocks that come from it."""
-        groups: list[tuple[Observed, list[tuple[str, ...]]]] = []
-        for source in dict.fromkeys(density.source for density in densities):
-            if source not in observed:
+        sampler: DependencySampler,
+        sources: Mapping[str, Observations | Batch],
+        labels: Mapping[str, str] | None = None,
+        detach: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.detach = detach
+        self.batches: dict[str, dict[tuple[str, ...], Tensors]] = {}
+        types: dict[str | None, _Seen] = {}
+        for source, given in sources.items():
+            label = f"source {source!r}" if labels is None else labels[source]
+            self.batches[source] = self._read(given, label, types)
+        # What plans refer to by number: the batches of all sources, in this order.
+        self._tensors = [x for batches in self.batches.values() for x in batches.values()]
+        self._orders: dict[int, _Orders] = {}
+        patterns = tuple((source, *batches) for source, batches in self.batches.items())
+        self._plans = sampler._plans.setdefault(patterns, {})
+
+    def draw(self, term: Ratio) -> tuple[Any, ...] | None:
+        """Draws rows of the sides of a term.
+
+        Args:
+            term: A ratio over parts of the partition.
+
+        Returns:
+            For each side what the term's network receives: a tensor, or a tuple of several; a
+            view where nothing is combined. ``None`` where the step has too little data for the
+            term: no batch holds its parts, or one has fewer rows than a side has blocks.
+
+        Raises:
+            ValueError: If the term is about other parts, or a source that the step lacks.
+        """
+        sides = self.sides(term)
+        return None if sides is None else tuple(map(outward, sides))
+
+    def sides(self, term: Ratio) -> tuple[Tensors, ...] | None:
+        """Draws as `draw`, in canonical form."""
+        plan = self._plans.get(term.name)
+        if plan is None or (plan.term is not term and plan.term != term):
+            plan = self._plans[term.name] = self._planned(term)
+        if plan.sides is None:
+            return None
+        drawn = []
+        for side in plan.sides:
+            picks, take = side.picks, side.take
+            rows = self._combine(side) if take is None else take(self._tensors[picks[0].batch])
+            if rows is None:
+                return None
+            drawn.append(rows)
+        return tuple(drawn)
+
+    def _read(
+        self, given: Observations | Batch, label: str, types: dict[str | None, _Seen]
+    ) -> dict[tuple[str, ...], Tensors]:
+        """Brings the batches of a source that have rows into canonical form."""
+        several = isinstance(given, Observations)
+        entries = given.entries() if isinstance(given, Observations) else [("joint", given)]
+        layouts = self._layouts_of(tuple([pattern for pattern, _ in entries]))
+        batches: dict[tuple[str, ...], Tensors] = {}
+        for (pattern, batch), layout in zip(entries, layouts, strict=True):
+            try:
+                tensors = layout.read(batch)
+            except (TypeError, ValueError) as error:
+                place = f"In the batch observed of {pattern!r}: " if several else ""
+                raise type(error)(f"In {label}: {place}{error}") from None
+            for part, tensor in layout.typed(tensors):
+                seen = types.get(part)
+                if seen is None:
+                    where = f"the batch of {pattern!r} in {label}" if several else label
+                    types[part] = _Seen(tensor.dtype, tensor.device, where)
+                elif seen.device != tensor.device or not _mix(seen.dtype, tensor):
+                    where = f"the batch of {pattern!r} in {label}" if several else label
+                    raise ValueError(_differs(part or layout.names[0], seen, tensor, where))
+            if self.detach:
+                tensors = tuple([t.detach() if t.requires_grad else t for t in tensors])
+            if tensors[0].shape[0]:
+                batches[layout.names] = tensors
+        return batches
+
+    def _layouts_of(self, patterns: tuple[Any, ...]) -> list[Layout]:
+        known = self.sampler._layouts.get(patterns)
+        if known is not None:
+            return known
+        whole = self.sampler.partition._layout
+        layouts: dict[tuple[str, ...], Layout] = {}
+        for pattern in patterns:
+            names = whole.names if pattern == "joint" else whole.ordered(pattern)
+            if names in layouts:
+                raise ValueError(f"All parts were given twice: as 'joint' and as {names}.")
+            layouts[names] = whole if names == whole.names else whole.restrict(names)
+        self.sampler._layouts[patterns] = list(layouts.values())
+        return self.sampler._layouts[patterns]
+
+    def _combine(self, side: _Side) -> Tensors | None:
+        """Draws rows whose blocks come from different observations; None if they are too few."""
+        if len(side.picks) == 1:
+            return self._pick(side.picks[0], self._tensors[side.picks[0].batch][0].shape[0])
+        rows = min([self._tensors[pick.batch][0].shape[0] for pick in side.picks])
+        parts: dict[str, Tensor] = {}
+        for pick in side.picks:
+            drawn = self._pick(pick, rows)
+            if drawn is None:
+                return None
+            parts |= pick.layout.split(drawn)
+        return side.layout.join(parts)
+
+    def _pick(self, pick: _Pick, rows: int) -> Tensors | None:
+        batch = self._tensors[pick.batch]
+        orders = self._orders.get(pick.batch)
+        if orders is None:
+            orders = self._orders[pick.batch] = _Orders(self.sampler, batch[0])
+        if orders.size < pick.blocks and self.sampler.collisions == "forbid":
+            return None
+        return pick.combine(batch, orders.of_blocks(pick.blocks, rows))
+
+    # --- planning: once for a term and a set of patterns ---
+
+    def _planned(self, term: Ratio) -> _Plan:
+        layout = self.sampler.partition._layout
+        for name in term.parts:
+            if name not in layout.position:
                 raise ValueError(
-                    f"Term {term.name!r} needs source {source!r}, but got {tuple(observed)}."
+                    f"Term {term.name!r} is about part {name!r}, but the parts are {layout.names}."
                 )
+        keys = [(source, names) for source, b in self.batches.items() for names in b]
+        numbers = {key: i for i, key in enumerate(keys)}
+        sides = []
+        for densities in (term.numerator, term.denominator):
+            groups = self._grouped(term, densities)
+            if groups is None:
+                return _Plan(term, None)
+            picks = []
+            for key, blocks in groups.items():
+                observed = layout.restrict(key[1])
+                there = observed.restrict(layout.ordered(name for b in blocks for name in b))
+                picks.append(_Pick(numbers[key], len(blocks), observed.combiner(blocks), there))
+            parts = layout.ordered(term.parts)
+            alone = len(densities) == 1
+            take = layout.restrict(next(iter(groups))[1]).taker(parts) if alone else None
+            sides.append(_Side(picks, take, layout.restrict(parts)))
+        return _Plan(term, sides)
+
+    def _grouped(
+        self, term: Ratio, densities: Sequence[Density]
+    ) -> dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] | None:
+        """Chooses the batches of a side, each with the blocks that come from it."""
+        groups: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
+        for source in dict.fromkeys(density.source for density in densities):
+            if source not in self.batches:
+                raise ValueError(
+                    f"Term {term.name!r} needs source {source!r}, but got {tuple(self.batches)}."
+                )
+            observed = self.batches[source]
             blocks = [density.parts for density in densities if density.source == source]
-            whole = _smallest(observed[source], _union(blocks))
-            if whole is not None:
-                groups.append((whole, blocks))
-                continue
-            chosen: dict[int, tuple[Observed, list[tuple[str, ...]]]] = {}
+            whole = _smallest(observed, [name for block in blocks for name in block])
             for block in blocks:
-                batch = _smallest(observed[source], block)
+                batch = _smallest(observed, block) if whole is None else whole
                 if batch is None:
-                    raise ValueError(
-                        f"Term {term.name!r} needs observations of {block} under {source!r}, "
-                        f"but there are only {list(observed[source])}."
-                    )
-                chosen.setdefault(id(batch), (batch, []))[1].append(block)
-            groups += chosen.values()
+                    return None
+                groups.setdefault((source, batch), []).append(block)
         return groups
 
-    def _combine(
-        self, batch: Observed, blocks: Sequence[tuple[str, ...]], rows: int, who: str
-    ) -> Batch:
-        """Draws rows in which the blocks are independent, in the form in which the batch came."""
-        if self.collisions == "forbid" and batch.size < len(blocks):
-            raise ValueError(
-                f"{who} combines {len(blocks)} blocks of different observations, but the batch "
-                f"of {batch.partition.names} has {batch.size} rows. Use batches of at least "
-                f"{len(blocks)}, or group the parts with Factorisation.hierarchical."
-            )
-        names = _union(blocks)
-        restricted = batch.partition.restrict(names)
-        observed = self._cut(batch, names)
-        arrays = restricted.arguments(observed)
-        order = self._order(batch.size, arrays)
-        orders: dict[str, Tensor] = {}
-        for k, block in enumerate(blocks):
-            if self.collisions == "forbid":
-                block_order = order.roll(-k)[:rows] if k else order[:rows]
-            else:
-                block_order = (self._order(batch.size, arrays) if k else order)[:rows]
-            orders |= dict.fromkeys(block, block_order)
-        drawn = restricted.recombine(observed, orders)
-        if isinstance(observed, Mapping):
-            return restricted.split(drawn)
-        return drawn
 
-    def _order(self, size: int, arrays: Sequence[Array]) -> Tensor:
-        device = next((a.device for a in arrays if isinstance(a, Tensor)), None)
-        if self.rng is None:
-            return torch.randperm(size, device=device)
-        order = torch.randperm(size, generator=self.rng, device=self.rng.device)
-        if device is not None and device.type == "cuda" and order.device.type == "cpu":
+class _Seen(NamedTuple):
+    """The first batch of a step that holds a part."""
+
+    dtype: torch.dtype
+    device: torch.device
+    where: str
+
+
+class _Pick(NamedTuple):
+    """What a side takes of one batch, which has a number in the step."""
+
+    batch: int
+    blocks: int
+    combine: Combine
+    layout: Layout
+
+
+class _Side(NamedTuple):
+    """How a side is drawn: one batch as it is, by `take`, or picks side by side."""
+
+    picks: list[_Pick]
+    take: Take | None
+    layout: Layout
+
+
+class _Plan(NamedTuple):
+    """How a term is drawn; without sides, if the patterns lack its parts."""
+
+    term: Ratio
+    sides: list[_Side] | None
+
+
+class _Orders:
+    """The random orders in which the blocks of a batch are drawn."""
+
+    def __init__(self, sampler: DependencySampler, like: Tensor) -> None:
+        self.sampler = sampler
+        self.like = like
+        self.size = like.shape[0]
+        self.cycle: Tensor | None = None
+        self.permutations: list[Tensor] = []
+
+    def of_blocks(self, blocks: int, rows: int) -> list[Tensor]:
+        if self.sampler.collisions == "allow":
+            while len(self.permutations) < blocks:
+                self.permutations.append(self._permutation())
+            return [order[:rows] for order in self.permutations[:blocks]]
+        if self.cycle is None:
+            # Twice round, so that every block's order is a view.
+            self.cycle = torch.cat([self._permutation()] * 2)
+        return [self.cycle[k : k + rows] for k in range(blocks)]
+
+    def _permutation(self) -> Tensor:
+        device, rng = self.like.device, self.sampler.rng
+        if rng is None:
+            return torch.randperm(self.size, device=device)
+        order = torch.randperm(self.size, generator=rng, device=rng.device)
+        if device.type == "cuda" and order.device.type == "cpu":
             order = order.pin_memory()  # else the copy would wait for the device
         return order.to(device, non_blocking=True)
 
-    def _cut(self, batch: Observed, names: tuple[str, ...]) -> Batch:
-        """Takes parts of a batch as they were observed."""
-        if isinstance(batch.batch, Mapping) and len(names) > 1:
-            return {name: batch.batch[name] for name in batch.partition.ordered(names)}
-        return batch.partition.cut(batch.batch, names)
-
-
-def as_observations(given: Observations | Batch) -> Observations:
-    """Takes a batch of whole observations for `Observations` of the pattern "joint"."""
-    return given if isinstance(given, Observations) else Observations(joint=given)
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """Applies a function to every tensor of a batch; arrays stay as they are."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: cast(Array, map_tensors(change, array)) for name, array in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(cast(Array, map_tensors(change, array)) for array in batch)
-    return batch
-
-
-def _union(blocks: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(name for block in blocks for name in block)
-
 
 def _smallest(
-    observed: Mapping[tuple[str, ...], Observed], names: Iterable[str]
-) -> Observed | None:
-    """Returns the batch with the fewest parts that holds all the names."""
+    observed: Mapping[tuple[str, ...], Tensors], names: Sequence[str]
+) -> tuple[str, ...] | None:
+    """Returns the pattern with the fewest parts that holds all the names."""
     wanted = set(names)
-    fitting = [pattern for pattern in observed if wanted.issubset(pattern)]
-    return observed[min(fitting, key=len)] if fitting else None
+    return min((p for p in observed if wanted.issubset(p)), key=len, default=None)
 
 
-def _shapes(batch: Batch) -> str:
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{name!r}: {tuple(a.shape)}" for name, a in batch.items()) + "}"
-    if isinstance(batch, (tuple, list)):
-        return "(" + ", ".join(str(tuple(array.shape)) for array in batch) + ")"
-    return str(tuple(cast(Array, batch).shape))
+def _mix(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether a dtype is that of a tensor, or one that autocast would make of the other."""
+    if dtype == tensor.dtype:
+        return True
+    single = (torch.float32, torch.float16, torch.bfloat16)
+    mixed = dtype in single and tensor.dtype in single
+    return mixed and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _differs(part: str, seen: _Seen, tensor: Tensor, where: str) -> str:
+    if tensor.dtype != seen.dtype:
+        one, other, remedy = str(seen.dtype), str(tensor.dtype), f"to({seen.dtype})"
+    else:
+        one, other = str(seen.device), str(tensor.device)
+        remedy = f"to({one!r})"
+    return (
+        f"Part {part!r} has one dtype and one device in all batches of a step, but it is {one} in "
+        f"{seen.where} and {other} in {where}. Convert one of them, such as by `.{remedy}`."
+    )

@@ -18,6 +18,7 @@ from factordisc import (
     generator_loss,
     shared,
 )
+from factordisc.losses import TermRows
 
 PARTS = Partition({"a": 2, "b": 3})
 WIDTHS = {"a": 2, "b": 3, "p_dependency": 5, "q_dependency": 5}
@@ -123,7 +124,7 @@ def test_the_sum_over_terms_mixes_no_gradients(name):
     rows = criterion.rows(some_real(), torch.randn(8, 5))
     for scale in (1.0, 3.0):
         changed = {
-            n: r if n == name else r._replace(numerator=scale * r.numerator)
+            n: r if n == name else TermRows((scale * r.numerator, r.denominator), r.weight)
             for n, r in rows.items()
         }
         d.zero_grad()
@@ -247,9 +248,9 @@ def test_conditional_generation_with_separate_fields():
 # --- penalties ---
 
 
-def gradient_penalty(term, numerator, denominator):
-    rows = numerator.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(term(rows).sum(), rows, create_graph=True)
+def gradient_penalty(term, rows):
+    x = rows.numerator.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(term(x).sum(), x, create_graph=True)
     return (gradient.flatten(1).norm(dim=1) - 1).pow(2).mean()
 
 
@@ -269,24 +270,153 @@ def test_a_gradient_penalty_against_its_closed_form_for_linear_networks():
     assert_close(extra, 2 * (weight.norm() - 1) * weight / weight.norm())  # double backward
 
 
-def test_a_penalty_gets_the_rows_of_both_sides():
+def test_the_three_stages_are_the_whole():
+    d, real, fake = make(), some_real(), torch.randn(8, 5)
+    penalties = {"b": gradient_penalty, "q_dependency": gradient_penalty}
+    criterion = DiscriminatorLoss(d, seeded(), penalties)
+    rows = criterion.rows(real, fake)
+    whole = DiscriminatorLoss(d, seeded(), penalties)(real, fake)
+    assert_close(criterion.cost(rows) + criterion.penalty(rows), whole)
+    assert_close(criterion.cost(rows), DiscriminatorLoss(d, seeded())(real, fake))
+    assert_close(criterion.penalty({"b": rows["b"]}), gradient_penalty(d.networks["b"], rows["b"]))
+    assert criterion.penalty({"a": rows["a"]}) == 0
+    assert DiscriminatorLoss(d).penalty(rows) == 0
+
+
+def test_a_penalty_gets_the_rows_of_the_sides_and_the_generators():
     d, real, fake, seen = make(), some_real(), torch.randn(8, 5), {}
 
-    def record(term, numerator, denominator):
-        seen["rows"] = (numerator, denominator)
-        return term(numerator).sum() * 0
+    def record(term, rows):
+        seen["rows"] = rows
+        return term(rows.generated).sum() * 0
 
-    DiscriminatorLoss(d, seeded(), {"p_dependency": record})(real, fake)
-    assert_close(seen["rows"], drawn(d, real, fake)["p_dependency"])
+    criterion = DiscriminatorLoss(d, seeded(), {"p_dependency": record, "a": record})
+    rows = criterion.rows(real, fake)
+    criterion.penalty({"p_dependency": rows["p_dependency"]})
+    assert_close(seen["rows"].sides, drawn(d, real, fake)["p_dependency"])
+    assert_close((seen["rows"].numerator, seen["rows"].denominator), seen["rows"].sides)
+    assert_close(seen["rows"].generated, fake)
+    assert_close(rows["a"].generated, fake[:, :2])
+    assert rows["b"].generated is None  # nobody asked
 
 
 def test_the_penalty_of_a_term_without_data_weighs_nothing():
+    def penalty(term, rows):
+        return 7 * (term(rows.numerator) - term(rows.denominator)).abs().mean().log()
+
     criterion = DiscriminatorLoss(make(), penalties={"p_dependency": lambda *_: torch.tensor(7.0)})
     fake = torch.randn(8, 5)
     loss, report = criterion(Observations(a=torch.randn(6, 2)), fake, report=True)
     assert_close(loss, sum(term.loss for term in report.values()))
     loss, report = criterion(torch.randn(6, 5), fake, report=True)
     assert_close(loss, sum(term.loss for term in report.values()) + 7)
+    loss = DiscriminatorLoss(make(), penalties={"p_dependency": penalty})(Observations(), fake)
+    assert loss.isfinite()
+
+
+# --- a term without data costs exactly nothing ---
+
+
+class Fragile(nn.Module):
+    """A network that is NaN for negative inputs, with a buffer that follows its inputs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.linear(x.log())))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_data_neither_nan_nor_buffers_come_through(compiled):
+    # only the p-dependency meets what it cannot bear
+    networks = {name: nn.Linear(width, 1) for name, width in WIDTHS.items()}
+    networks["p_dependency"] = Fragile(5)
+    d = FactorisedDiscriminator(PARTS, Factorisation.flat(["a", "b"]), networks)
+    criterion = DiscriminatorLoss(d)
+    torch._dynamo.reset()
+    cost = criterion.cost
+    if compiled:
+        cost = torch.compile(cost, fullgraph=True, backend="aot_eager")
+    network, fake = d.networks["p_dependency"], torch.randn(8, 5)
+    cost(criterion.rows(torch.rand(6, 5), fake)).backward()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    assert before["norm.running_mean"].abs().sum() > 0  # with data, it learns
+    assert all(
+        bool((p.grad != 0).any()) for n, p in network.named_parameters() if "linear.b" not in n
+    )
+    d.zero_grad()
+    rows = criterion.rows(Observations(a=torch.randn(6, 2), b=torch.randn(6, 3)), fake)
+    loss = cost(rows)
+    assert loss.isfinite()
+    loss.backward()
+    assert all(bool((p.grad == 0).all()) for p in network.parameters())
+    assert_close(dict(network.named_buffers()), before, rtol=0.0, atol=0.0)
+
+
+def test_one_complete_row_is_a_step_without_the_dependency():
+    real = Observations(joint=torch.randn(1, 5), a=torch.randn(8, 2))
+    _, report = DiscriminatorLoss(make())(real, torch.randn(8, 5), report=True)
+    assert {name for name, term in report.items() if term.loss == 0} == {"p_dependency"}
+    assert {name for name, term in report.items() if term.accuracy.isnan()} == {"p_dependency"}
+
+
+def test_rows_can_keep_the_graph_of_the_generator():
+    d, generator = make(), nn.Linear(3, 5)
+    fake = generator(torch.randn(8, 3))
+    rows = DiscriminatorLoss(d, seeded()).rows(some_real(), fake, detach=False)
+    DiscriminatorLoss(d).cost(rows).backward()
+    assert bool((generator.weight.grad != 0).all())
+    rows = DiscriminatorLoss(d).rows(some_real(), fake)
+    assert not any(side.requires_grad for term in rows.values() for side in term.sides)
+
+
+def test_a_step_makes_no_copy_of_its_rows_but_one():
+    """Networks are called with the memory that the rows lie in."""
+    d, seen = make(), {}
+    for name, network in d.networks.items():
+        network.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0]}))
+    criterion = DiscriminatorLoss(d)
+    rows = criterion.rows(some_real(), torch.randn(8, 5))
+    criterion.cost(rows)
+    for name, term in rows.items():
+        assert seen[name].data_ptr() == term.numerator.data_ptr()
+        assert_close(seen[name], torch.cat(term.sides))
+
+
+def test_sides_of_unlike_shapes_take_a_pass_each():
+    partition = Partition({"a": 1, "b": 1})
+    networks = {
+        name: nn.Sequential(nn.Conv1d(width, 1, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+        for name, width in {"a": 1, "b": 1, "p_dependency": 2, "q_dependency": 2}.items()
+    }
+    d = FactorisedDiscriminator(partition, Factorisation.flat(["a", "b"]), networks)
+    real, fake = torch.randn(6, 2, 20), torch.randn(4, 2, 12)
+    loss, report = DiscriminatorLoss(d)(real, fake, report=True)
+    above, below = networks["a"](real[:, :1]), networks["a"](fake[:, :1])
+    assert_close(report["a"].loss, (softplus(-above).mean() + softplus(below).mean()).detach())
+    loss.backward()
+
+
+def test_an_objective_may_average_over_everything():
+    class Plain:
+        def loss(self, numerator_output, denominator_output):
+            return softplus(-numerator_output).mean() + softplus(denominator_output).mean()
+
+        def log_ratio(self, output):
+            return output
+
+    networks = {name: nn.Linear(width, 1) for name, width in WIDTHS.items()}
+    ours, theirs = (
+        FactorisedDiscriminator(PARTS, Factorisation.flat(["a", "b"]), networks, objective=o)
+        for o in (None, Plain())
+    )
+    x, fake = torch.randn(8, 5), torch.randn(8, 5)  # all terms have as many rows
+    one, other = (DiscriminatorLoss(d, seeded())(x, fake, report=True) for d in (ours, theirs))
+    assert_close(one, other)
 
 
 # --- options and errors ---
@@ -341,14 +471,18 @@ def test_refused_arguments():
 
 def test_refused_batches():
     criterion, fake = DiscriminatorLoss(make()), torch.randn(8, 5)
-    with pytest.raises(
-        ValueError, match=r"p_dependency' combines 2 blocks .* \('a', 'b'\) has 1 r"
-    ):
-        criterion(torch.randn(1, 5), fake)
     with pytest.raises(ValueError, match=r"observed of 'a': .* 2 entries along dim 1, .*\(4, 3\)"):
         criterion(Observations(a=torch.randn(4, 3)), fake)
-    with pytest.raises(TypeError, match="expects tensors, but `fake` holds an array"):
-        criterion(torch.randn(4, 5), fake.numpy())
+    with pytest.raises(ValueError, match=r"In `fake`: .* 5 entries along dim 1, .*\(8, 4\)"):
+        criterion(torch.randn(4, 5), fake[:, :4])
+    with pytest.raises(ValueError, match=r"In `real`: .* 5 entries along dim 1, .*\(8, 4\)"):
+        criterion(fake[:, :4], fake)
+    with pytest.raises(ValueError, match="`fake` expects whole observations, at least one"):
+        criterion(torch.randn(4, 5), fake[:0])
+    with pytest.raises(
+        ValueError, match=r"is torch.float64 in `real` and torch.float32 in `fake`"
+    ):
+        criterion(torch.randn(4, 5), fake.float())
     d = FactorisedDiscriminator(
         Partition.fields("a", "b"),
         Factorisation.joint(["a", "b"]),
@@ -357,6 +491,17 @@ def test_refused_batches():
     whole = (torch.randn(4, 2), torch.randn(4, 3))
     with pytest.raises(ValueError, match=r"one length, but got \{'a': 4, 'b': 5\}"):
         DiscriminatorLoss(d)(whole, (torch.randn(4, 2), torch.randn(5, 3)))
+
+
+def test_under_autocast_a_generator_may_make_half_precision():
+    d = make().float()
+    real, fake = torch.randn(6, 5).float(), torch.randn(8, 5).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = DiscriminatorLoss(d)(real, fake)
+    loss.backward()
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match=r"`real` and torch.bfloat16 in `fake`"):
+        DiscriminatorLoss(d)(real, fake)
 
 
 # --- DistributedDataParallel ---

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -242,6 +243,7 @@ def test_rows_come_in_the_form_and_the_type_of_the_data(kind, numpy):
         partition = Partition({"a": 2, "b": 1, "c": 2})
     else:
         partition = Partition.indices({"a": [4, 0], "b": [1], "c": [3, 2]})
+    tensors = dict(parts)
     if numpy:
         parts = {name: part.numpy() for name, part in parts.items()}
     x = parts if kind == "mapping" else partition.join(parts)
@@ -250,14 +252,16 @@ def test_rows_come_in_the_form_and_the_type_of_the_data(kind, numpy):
     whole = term("pabc", "pa pb pc")
     sides = sampler.draw(whole, {"p": x})
     crop = sampler.draw(term("pac", "pa pc"), {"p": Observations(joint=x)})
-    taken = partition.take(parts, ["a", "c"])
-    taken = dict(zip("ac", taken, strict=True)) if kind == "mapping" else taken
-    assert describe(sampler(x)) == describe(sides[0]) == describe(sides[1]) == describe(x)
-    assert describe(crop[0]) == describe(crop[1]) == describe(taken)
+    assert describe(sampler(x)) == describe(x)
+    # what a network receives: tensors, one or a tuple
+    received = partition.take(tensors, partition.names)
+    assert describe(sides[0]) == describe(sides[1]) == describe(received)
+    assert describe(crop[0]) == describe(crop[1]) == describe(partition.take(tensors, ["a", "c"]))
     assert describe(x) == describe(before)
     for name, part in partition.split(x).items():
-        assert (part == partition.split(before)[name]).all()
-        drawn = partition.split(sides[1])[name]
+        part = np.asarray(part)
+        assert (part == np.asarray(partition.split(before)[name])).all()
+        drawn = partition.split(sides[1])[name].numpy()
         order = [next(i for i in range(6) if (part[i] == row).all()) for row in drawn]
         assert sorted(order) == list(range(6))
 
@@ -289,37 +293,130 @@ def test_what_makes_no_sampler_is_refused(error, match, arguments):
         DependencySampler(**{"partition": ABC} | arguments)
 
 
-def test_too_few_rows_are_refused():
+def test_the_sampler_refuses_too_few_rows():
     match = (
-        r"The sampler combines 3 blocks of different observations, but the batch of "
+        r"The sampler combines 3 parts of different observations, but the batch of "
         r"\('a', 'b', 'c'\) has 2 rows\. .* at least 3, .*Factorisation\.hierarchical"
     )
     with pytest.raises(ValueError, match=match):
         DependencySampler(ABC)(rows_of_indices(3, 2))
-    with pytest.raises(ValueError, match="The denominator of term 'term' combines 3 blocks"):
-        DependencySampler(ABC).draw(P_DEPENDENCY, {"p": rows_of_indices(3, 2)})
+
+
+# --- a step ---
+
+
+def test_a_step_with_too_little_data_for_a_term_has_no_rows_of_it():
+    pairs = Observations({("a", "b"): rows_of_indices(2, 4)})
+    few = Observations(joint=rows_of_indices(3, 2))
+    sampler, q = DependencySampler(ABC), rows_of_indices(3, 4)
+    for real, wanted in (
+        (pairs, P_DEPENDENCY),  # no batch holds the parts
+        (pairs, term("qabc", "pa pb pc")),  # nor one of them
+        (few, P_DEPENDENCY),  # 2 rows, 3 blocks
+        (Observations(), term("pa", "qa")),
+    ):
+        assert sampler.draw(wanted, {"p": real, "q": q}) is None
+    numerator, denominator = sampler.draw(term("pab", "pa pb"), {"p": few})
+    assert [len(part) for part in (*numerator, *denominator)] == [2] * 4
+    assert sampler.draw(term("pa", "qa"), {"p": few, "q": q}) is not None
 
 
 @pytest.mark.parametrize(
     ("match", "wanted", "sources"),
     [
-        (r"'term' is about part 'd', but the parts are \('a', 'b', 'c'\)", term("pd", "qd"), {}),
-        (r"'term' needs source 'q', but got \('p',\)", term("pa", "qa"), {"p": "joint"}),
-        (
-            r"needs observations of \('a', 'b', 'c'\) under 'p', but .* only \[\('a', 'b'\)",
-            P_DEPENDENCY,
-            {"p": "ab"},
-        ),
-        (r"needs observations of \('c',\) under 'p'", term("qabc", "pa pb pc"), {"p": "ab"}),
+        (r"'term' is about part 'd', but the parts are \('a', 'b', 'c'\)", term("pd", "qd"), "p"),
+        (r"'term' needs source 'q', but got \('p',\)", term("pa", "qa"), "p"),
     ],
 )
-def test_sources_that_lack_data_are_refused(match, wanted, sources):
-    pairs = Observations({("a", "b"): rows_of_indices(2, 4)})
-    given = {"joint": rows_of_indices(3, 4), "ab": pairs}
-    sources = {source: given[what] for source, what in sources.items()}
-    sources |= {"q": given["joint"]} if wanted.numerator[0].source == "q" else {}
+def test_terms_of_other_parts_or_sources_are_refused(match, wanted, sources):
     with pytest.raises(ValueError, match=match):
-        DependencySampler(ABC).draw(wanted, sources)
+        DependencySampler(ABC).draw(wanted, dict.fromkeys(sources, rows_of_indices(3, 4)))
+
+
+def test_the_terms_of_a_step_share_one_order_of_each_batch():
+    step = DependencySampler(ABC).step({"p": rows_of_indices(3, 8)})
+    one, other = (step.draw(term("pabc", "pa pb pc"))[1] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    pair = step.draw(term("pac", "pa pc"))[1]
+    assert torch.equal(pair[0], one[0])  # the first block in the first order
+    assert torch.equal(pair[1], one[1])  # the second in the second, whatever its parts
+
+
+def test_equal_seeds_give_equal_rows_whatever_was_planned_before():
+    x, y = rows_of_indices(3, 8), rows_of_indices(3, 5)
+    fresh, used = (DependencySampler(ABC, torch.Generator().manual_seed(1)) for _ in range(2))
+    used.step({"p": Observations(a=x[0])}).draw(P_DEPENDENCY)
+    for real in (x, y):
+        one, other = (s.draw(P_DEPENDENCY, {"p": real})[1] for s in (fresh, used))
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_a_plan_is_of_a_term_not_of_its_name():
+    sampler, x = DependencySampler(ABC), rows_of_indices(3, 8)
+    assert len(sampler.draw(term("pabc", "pa pb pc"), {"p": x})[0]) == 3
+    assert len(sampler.draw(term("pab", "pa pb"), {"p": x})[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["slices", "fields"])
+def test_a_part_has_one_type_in_all_batches_of_a_step(kind):
+    if kind == "slices":
+        partition = Partition({"a": 2, "b": 3})
+        real, fake = Observations(b=np.zeros((8, 3))), torch.zeros(4, 5)
+        says = r"torch.float64 in the batch of 'b' in source 'p' and torch.float32 in source 'q'"
+    else:
+        partition = Partition.fields("a", "b")
+        real = Observations(b=torch.zeros(8, dtype=torch.float64))
+        fake = (torch.zeros(4, dtype=torch.int64), torch.zeros(4))
+        says = r"Part 'b' has one dtype .* torch.float64 in the batch of 'b' in source 'p' and "
+        says += (
+            r"torch.float32 in source 'q'\. Convert one of them, such as by `\.to\(torch\.float64"
+        )
+    with pytest.raises(ValueError, match=says):
+        DependencySampler(partition).step({"p": real, "q": fake})
+    on_meta = torch.zeros(8, 3, device="meta"), torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=r"is meta in the batch of 'b' in source 'p' and cpu in"):
+        DependencySampler(Partition({"a": 2, "b": 3})).step(
+            {"p": Observations(b=on_meta[0]), "q": on_meta[1]}
+        )
+
+
+def test_planning_is_done_once_for_a_set_of_patterns():
+    partition = Partition.steps(4)
+    sampler = DependencySampler(partition)
+    flat = Factorisation.flat(partition.names)
+    x = torch.randn(8, 4)
+
+    def draw_all():
+        step = sampler.step({"p": Observations({"joint": x, "1": x[:, :1]}), "q": x})
+        return [step.draw(t) for t in flat.terms]
+
+    draw_all()
+    layout = type(partition._layout)
+    forbidden = dict.fromkeys(["taker", "combiner", "restrict", "ordered"], None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in forbidden:
+            patch.setattr(layout, name, lambda *_: pytest.fail("planned again"))
+        draw_all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_sampler_that_was_used_can_be_copied_and_sent(copied):
+    for partition, x in (
+        (Partition.steps(3), torch.randn(6, 3)),
+        (Partition.indices({"a": [2, 0], "b": [1]}), torch.randn(6, 3)),
+        (ABC, rows_of_indices(3, 6)),
+    ):
+        sampler = DependencySampler(partition)
+        terms = Factorisation.flat(partition.names).terms
+        for t in terms:
+            sampler.draw(t, {"p": x, "q": x})
+        other = copied(sampler)
+        for t in terms:
+            torch.manual_seed(0)
+            ours = sampler.draw(t, {"p": x, "q": x})
+            torch.manual_seed(0)
+            theirs = other.draw(t, {"p": x, "q": x})
+            assert describe(ours) == describe(theirs)
 
 
 # --- observations ---
@@ -387,7 +484,7 @@ def test_samples_with_holes_are_grouped_by_what_they_have():
     assert real["a"].tolist() == [2, 5]
     assert real["c"].tolist() == [4]
     numerator, _ = DependencySampler(ABC).draw(term("pab", "pa pb"), {"p": real})
-    assert list(numerator) == ["a", "b"]
+    assert numerator[0].tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def gradients_of_a_step():
 
         optimiser.step = step
     training.step()
-    seen["rows"] = {name: tuple(term) for name, term in seen["rows"].items()}
+    seen["rows"] = {n: (term.sides, term.weight) for n, term in seen["rows"].items()}
     return {**seen, "noise": noise[-1], "loader seed": training.loader.seed}
 
 

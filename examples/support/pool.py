@@ -48,7 +48,9 @@ class FakePool:
         Raises:
             ValueError: If the batch has more rows than the pool.
         """
-        arrays = self.partition.arguments(fake)
+        arrays = (
+            (fake,) if isinstance(fake, Tensor) else tuple(self.partition.split(fake).values())
+        )
         rows = len(arrays[0])
         if rows > self.size:
             raise ValueError(
