@@ -12,6 +12,7 @@ from factordisc.losses import DiscriminatorLoss, generator_loss
 from factordisc.objectives import Logistic
 from factordisc.observations import Observations
 from factordisc.partition import Partition
+from factordisc.regularisers import spectral_norm
 from factordisc.sampling import DependencySampler
 
 __version__ = "0.1.0"
@@ -31,4 +32,5 @@ __all__ = [
     "independent",
     "markov",
     "shared",
+    "spectral_norm",
 ]

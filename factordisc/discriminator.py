@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import add
 from typing import Any, TypeAlias, cast, overload
 
 import torch
@@ -15,6 +17,7 @@ from factordisc.layouts import Batch, Layout, Take, Tensors
 from factordisc.names import kind
 from factordisc.objectives import Logistic, Objective
 from factordisc.partition import Partition, check_input
+from factordisc.stacks import Stack, Stacked, alike, gated, unstacked
 
 __all__ = ["FactorisedDiscriminator"]
 
@@ -23,6 +26,7 @@ ToInputs: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 _HALF = (torch.float16, torch.bfloat16)
+_OF_SPECTRAL_NORM = ("._u", "._v", "weight_u", "weight_v")
 
 
 class FactorisedDiscriminator(nn.Module):
@@ -60,6 +64,10 @@ class FactorisedDiscriminator(nn.Module):
             already: one callable for all terms, or a mapping from terms to callables.
         inputs: What a network is given in place of its parts, by term: a callable of the
             network's arguments that returns a tensor or a tuple of arguments.
+        stack: Evaluate networks of one architecture as one where their inputs have one shape:
+            far faster for many small networks. Their parameters lie in stacks, which is what an
+            optimiser sees; the state dict is that of the networks. They are copied, and
+            ``networks[name]`` then stands for a row of the stack.
 
     Raises:
         ValueError: If a network is missing, or given for a term that does not exist; if
@@ -95,6 +103,7 @@ class FactorisedDiscriminator(nn.Module):
         objective: Objective | None = None,
         logit: ToLogit | Mapping[str, ToLogit] | None = None,
         inputs: Mapping[str, ToInputs] | None = None,
+        stack: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(partition, Partition):
@@ -152,9 +161,22 @@ class FactorisedDiscriminator(nn.Module):
                     raise ValueError(f"For term {name!r}: {error}") from None
             self._takes[name] = layout.taker(parts)
             self._layouts[name] = layout.restrict(parts)
+        # A first layer that works in place would change what other networks and the user see.
+        self._in_place = {
+            name
+            for name, network in self.networks.items()
+            if any(getattr(module, "inplace", False) is True for module in network.modules())
+        }
         self._signs = {name: term.sign for name, term in self._terms.items() if term.sign}
         owners = Counter(id(network) for network in self.networks.values())
         self._shared = {name for name, n in self.networks.items() if owners[id(n)] > 1}
+        self.stacks = nn.ModuleDict()
+        if stack:
+            single = {n: net for n, net in self.networks.items() if n not in self._shared}
+            for first, names in alike(single).items():
+                self.stacks[first] = one = Stack({name: single[name] for name in names})
+                for row, name in enumerate(names):
+                    self.networks[name] = Stacked(one, first, row, type(single[name]).__name__)
 
     @overload
     def forward(self, x: Batch) -> Tensor: ...
@@ -176,13 +198,11 @@ class FactorisedDiscriminator(nn.Module):
         if isinstance(x, TermBatches):
             return self._outputs(x)
         values = self._log_ratios(x, self._signs)
-        total: Tensor | None = None
-        for name, sign in self._signs.items():
-            if total is None:
-                total = values[name] if sign > 0 else -values[name]
-            else:
-                total = total + values[name] if sign > 0 else total - values[name]
-        return cast(Tensor, total)
+        added = _sum([values[name] for name, sign in self._signs.items() if sign > 0])
+        taken = _sum([values[name] for name, sign in self._signs.items() if sign < 0])
+        if added is None or taken is None:
+            return cast(Tensor, added if taken is None else -taken)
+        return added - taken
 
     def terms(self, x: Batch) -> dict[str, Tensor]:
         """Estimates the log ratio of every term.
@@ -228,52 +248,86 @@ class FactorisedDiscriminator(nn.Module):
         """Evaluates networks, each once if shapes allow it: logits, before `log_ratio`."""
         outputs: dict[str, Tensor] = {}
         networks, weights = self.networks, batches.weights
+        counted = _counted(batches.values())
         calls: dict[object, list[tuple[str, Tensors]]] = {}
-        for name, arguments in batches.items():
-            if name in self._inputs:
-                arguments = self._replaced(name, arguments)
-            if batches.apart or name not in self._shared:
+        for name, batch in batches.items():
+            version = sum([tensor._version for tensor in batch]) if counted else 0
+            arguments = self._replaced(name, batch) if name in self._inputs else batch
+            stacked = isinstance(networks[name], Stacked)
+            if (batches.apart or name not in self._shared) and not stacked:
                 weight = weights.get(name)
                 outputs[name] = self._evaluate(name, networks[name], arguments, weight)
+                if counted and version != sum([tensor._version for tensor in batch]):
+                    raise ValueError(
+                        f"The network of term {name!r} changes its input in place, which others "
+                        f"see too. Give it a copy: inputs={{{name!r}: torch.clone}} of the "
+                        "FactorisedDiscriminator, or clone in its forward."
+                    )
                 continue
-            shapes = tuple((a.shape[1:], a.dtype) for a in arguments)
-            key = (id(networks[name]), id(self._logits.get(name)), name in weights, shapes)
+            key: tuple[object, ...]
+            if stacked:
+                key = (networks[name].stack, *(a.shape for a in arguments))
+            else:
+                key = (id(networks[name]), id(self._logits.get(name)), name in weights)
+                key += tuple(a.shape[1:] for a in arguments)
+            key += tuple(a.dtype for a in arguments)
             calls.setdefault(key, []).append((name, arguments))
         for call in calls.values():
-            name = call[0][0]
-            sizes = [arguments[0].shape[0] for _, arguments in call]
-            columns = zip(*(arguments for _, arguments in call), strict=True)
-            joined = tuple(torch.cat(column) for column in columns)
-            weight = None
-            if name in weights:
-                weight = torch.stack([weights[term] for term, _ in call]).amax()
-            output = self._evaluate(name, networks[name], joined, weight)
-            outputs.update(
-                zip((term for term, _ in call), torch.split(output, sizes), strict=True)
-            )
+            outputs.update(self._together(call, weights))
         for name, weight in weights.items():
             if name in outputs:
                 outputs[name] = torch.where(weight > 0, outputs[name], 0.0)
         return outputs
 
+    def _together(
+        self, call: list[tuple[str, Tensors]], weights: Mapping[str, Tensor]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Evaluates the one network of several terms, or the stack of theirs, once."""
+        names = [name for name, _ in call]
+        network = self.networks[names[0]]
+        columns = list(zip(*(arguments for _, arguments in call), strict=True))
+        muted_by = [weights[name] for name in names if name in weights]
+        if isinstance(network, Stacked):
+            rows = [cast(Stacked, self.networks[name]).row for name in names]
+            gate = None
+            if muted_by:
+                one = torch.ones_like(muted_by[0])
+                gate = torch.stack([weights.get(name, one) for name in names])
+            joined = tuple(torch.stack(column) for column in columns)
+            output, number = self.stacks[network.stack](rows, joined, gate), joined[0].shape[1]
+            if isinstance(output, Tensor) and output.shape[1:] == (number, 1):
+                output = output.squeeze(2)  # of all at once, not one by one
+            outputs = zip(names, unstacked(output, len(rows)), strict=True)
+            return [(name, self._logit(name, output, number)) for name, output in outputs]
+        sizes = [arguments[0].shape[0] for _, arguments in call]
+        weight = torch.stack(muted_by).amax() if muted_by else None
+        joined = tuple(torch.cat(column) for column in columns)
+        output = self._evaluate(names[0], network, joined, weight)
+        return zip(names, torch.split(output, sizes), strict=True)
+
     def _evaluate(
         self, name: str, network: nn.Module, arguments: Tensors, weight: Tensor | None
     ) -> Tensor:
         """Evaluates a network on a batch, without effect where the weight is 0."""
+        if name in self._in_place:
+            arguments = tuple([argument.clone() for argument in arguments])
         if weight is None:
             output = network(*arguments)
         else:
             output = muted(network, arguments, weight)
+        return self._logit(name, output, arguments[0].shape[0])
+
+    def _logit(self, name: str, output: Any, rows: int) -> Tensor:
+        """Makes one logit per row of what a network returned."""
         if name in self._logits:
             output = self._logits[name](output)
-        rows = arguments[0].shape[0]
         if not isinstance(output, Tensor) or output.shape not in (
             (rows, 1),
             (rows,),
             (rows, 1, 1, 1),
         ):
             raise self._no_logit(name, output, rows)
-        flat = output.reshape(rows)
+        flat = output if output.dim() == 1 else output.reshape(rows)
         return flat.float() if flat.dtype in _HALF else flat
 
     def _replaced(self, name: str, arguments: Tensors) -> Tensors:
@@ -344,11 +398,26 @@ class FactorisedDiscriminator(nn.Module):
                 lines.append(f"  ({name}): the network of ({owners[network]})")
                 continue
             owners[network] = name
-            count = sum(parameter.numel() for parameter in network.parameters())
+            tensors = network.own() if isinstance(network, Stacked) else network.parameters()
+            count = sum(tensor.numel() for tensor in tensors)
             inner = "\n  ".join(repr(network).splitlines())
             lines.append(f"  ({name}): {count:,} parameters, {inner}")
         total = sum(parameter.numel() for parameter in self.parameters())
         return "\n".join([*lines, f"  {total:,} parameters in all", ")"])
+
+
+def _sum(values: list[Tensor]) -> Tensor | None:
+    # One by one is faster for few: a stack costs as much as half a dozen sums.
+    return (
+        torch.stack(values).sum(0) if len(values) > 6 else reduce(add, values) if values else None
+    )
+
+
+def _counted(batches: Iterable[Tensors]) -> bool:
+    """Whether changes of these tensors in place are counted."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return not any([tensor.is_inference() for batch in batches for tensor in batch])
 
 
 class TermBatches(dict[str, Tensors]):
@@ -373,23 +442,15 @@ class TermBatches(dict[str, Tensors]):
 
 def muted(network: nn.Module, arguments: Tensors, weight: Tensor) -> Any:
     """Evaluates a network; at weight 0 its gradients are exactly zero and its buffers stay."""
-    gated = {name: _gated(parameter, weight) for name, parameter in network.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    output = torch.func.functional_call(network, {**gated, **buffers}, arguments)
+    parameters = {name: gated(p, weight) for name, p in network.named_parameters()}
+    # Those of a spectral norm follow the weights alone, and so on every rank alike.
+    kept = {n: b for n, b in network.named_buffers() if not n.endswith(_OF_SPECTRAL_NORM)}
+    changed = {name: buffer.clone() for name, buffer in kept.items()}
+    output = torch.func.functional_call(network, {**parameters, **changed}, arguments)
     with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            buffer.copy_(torch.where(weight > 0, buffers[name], buffer))
+        for name, buffer in kept.items():
+            buffer.copy_(torch.where(weight > 0, changed[name], buffer))
     return output
-
-
-def _gated(parameter: Tensor, weight: Tensor) -> Tensor:
-    gate = parameter.view_as(parameter)
-    if gate.requires_grad:
-        # Zero outputs are not enough, since 0 * NaN is NaN on the way back.
-        gate.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: torch.where(weight > 0, gradient, 0.0)
-        )
-    return gate
 
 
 def _without(term: Ratio) -> str:

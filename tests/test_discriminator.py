@@ -321,6 +321,52 @@ def test_integer_parts():
     assert all(bool((p.grad != 0).any()) for p in d.parameters())
 
 
+# --- a network owns what it is called with ---
+
+
+def in_place():
+    return nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_networks_that_work_in_place_change_nothing_that_others_see(separate):
+    d, x = with_a(in_place()), torch.randn(N, 5)
+    before = x.clone()
+    assert_close(d(x) - d(x), torch.zeros(N))
+    expected = d.networks["a"](x[:, :2].clone())[:, 0]
+    assert_close(d.terms(x)["a"], expected)
+    assert_close(d.term("a", x[:, :2]), expected)
+    leaf = x.clone().requires_grad_()
+    d(leaf * 1).sum().backward()  # a fake that carries gradients
+
+    def penalty(term, rows):
+        return term(rows.numerator).mean()
+
+    criterion = DiscriminatorLoss(d, penalties={"a": penalty}, separate_batches=separate)
+    criterion(x, x).backward()
+    rows = criterion.rows(x, x)
+    kept = rows["a"].numerator.clone()
+    assert_close(criterion.cost(rows), criterion.cost(rows))
+    assert_close(rows["a"].numerator, kept, rtol=0.0, atol=0.0)
+    assert_close(x, before, rtol=0.0, atol=0.0)
+
+
+def test_a_change_in_place_that_nobody_announced_is_found():
+    d, x = with_a(Returns(lambda a: a.mul_(2).sum(1))), torch.randn(N, 5)
+    with pytest.raises(ValueError, match=r"term 'a' changes its input in place.*torch\.clone"):
+        d(x)
+    mended = with_a(Returns(lambda a: a.mul_(2).sum(1)), inputs={"a": torch.clone})
+    assert_close(mended.terms(x)["a"], 2 * x[:, :2].sum(1))
+
+
+def test_evaluation_works_in_inference_mode():
+    d = make()
+    with torch.inference_mode():
+        x = torch.randn(N, 5)
+        inside = d(x)
+    assert_close(inside, d(x.clone()))
+
+
 # --- shared networks ---
 
 

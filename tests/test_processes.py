@@ -12,6 +12,7 @@ import two_processes
 from torch.testing import assert_close
 
 from factordisc import DiscriminatorLoss, Observations, generator_loss
+from factordisc.losses import TermRows
 from support.training import Machine
 
 HERE = Path(__file__).parent
@@ -59,9 +60,9 @@ def test_dependencies_get_those_of_one_process_that_is_handed_the_same_rows(seen
     criterion = DiscriminatorLoss(d)
     rows = criterion.rows(Observations(seen[0]["real"]), seen[0]["fake"])  # for their form
     rows = {
-        name: term._replace(
-            numerator=torch.cat([each["rows"][name][0] for each in seen]),
-            denominator=torch.cat([each["rows"][name][1] for each in seen]),
+        name: TermRows(
+            [torch.cat([each["rows"][name][0][i] for each in seen]) for i in range(2)],
+            term.weight,
         )
         for name, term in rows.items()
     }

@@ -23,6 +23,7 @@ NAMES = [
     "independent",
     "markov",
     "shared",
+    "spectral_norm",
 ]
 
 
