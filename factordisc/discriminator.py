@@ -441,12 +441,18 @@ class TermBatches(dict[str, Tensors]):
 
 
 def muted(network: nn.Module, arguments: Tensors, weight: Tensor) -> Any:
-    """Evaluates a network; at weight 0 its gradients are exactly zero and its buffers stay."""
-    parameters = {name: gated(p, weight) for name, p in network.named_parameters()}
+    """Evaluates a network; at weight 0 its gradients are exactly zero and its buffers stay.
+
+    In a graph, where every term is evaluated so, gradients are zero because the outputs are
+    masked; only a network that is not finite on the generator's rows would tell the difference.
+    """
     # Those of a spectral norm follow the weights alone, and so on every rank alike.
     kept = {n: b for n, b in network.named_buffers() if not n.endswith(_OF_SPECTRAL_NORM)}
     changed = {name: buffer.clone() for name, buffer in kept.items()}
-    output = torch.func.functional_call(network, {**parameters, **changed}, arguments)
+    own = dict(changed)
+    if not torch.compiler.is_compiling():
+        own |= {name: gated(p, weight) for name, p in network.named_parameters()}
+    output = torch.func.functional_call(network, own, arguments) if own else network(*arguments)
     with torch.no_grad():
         for name, buffer in kept.items():
             buffer.copy_(torch.where(weight > 0, changed[name], buffer))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -306,17 +307,19 @@ class DiscriminatorLoss(nn.Module):
         losses: list[Tensor] = []
         reports: dict[str, TermReport] = {}
         for names in groups.values():
-            stacked = torch.stack([outputs[name] for name in names])
-            sides = torch.split(stacked, rows[names[0]].sizes, 1)
-            loss = self._losses(sides, len(names))
+            several, first = len(names) > 1, names[0]
+            stacked = torch.stack([outputs[n] for n in names]) if several else outputs[first]
+            sides = torch.split(stacked, rows[first].sizes, -1)
+            loss = self._losses(sides)
             weight = None
-            if any(name in weights for name in names):
-                weight = torch.stack([rows[name].weight for name in names])
+            if any([name in weights for name in names]):
+                weight = rows[first].weight
+                weight = torch.stack([rows[n].weight for n in names]) if several else weight
                 loss = torch.where(weight > 0, loss, 0.0)
-            losses.append(loss.sum())
+            losses.append(loss.sum() if several else loss)
             if report:
                 reports.update(self._reports(names, loss.detach(), sides, weight))
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        total = reduce(add, losses)
         return total, {name: reports[name] for name in rows} if report else {}
 
     def _outputs(
@@ -339,13 +342,12 @@ class DiscriminatorLoss(nn.Module):
             outputs[name] = torch.cat([one[name] for one in several])
         return outputs
 
-    def _losses(self, sides: tuple[Tensor, ...], number: int) -> Tensor:
-        """What terms cost, from the outputs (T, N) of each side."""
+    def _losses(self, sides: tuple[Tensor, ...]) -> Tensor:
+        """What terms cost, from the outputs of each side: (N,) of one term, (T, N) of several."""
         objective = self.discriminator.objective
-        if number > 1:
-            losses = objective.loss(*sides)
-            if losses.shape == (number,):
-                return losses
+        losses = objective.loss(*sides)
+        if losses.shape == sides[0].shape[:-1]:
+            return losses
         # The objective averages over everything.
         return torch.stack([objective.loss(*outputs) for outputs in zip(*sides, strict=True)])
 
@@ -353,12 +355,13 @@ class DiscriminatorLoss(nn.Module):
         self, names: list[str], losses: Tensor, sides: tuple[Tensor, ...], weight: Tensor | None
     ) -> dict[str, TermReport]:
         above, below = (self.discriminator.objective.log_ratio(side.detach()) for side in sides)
-        right = (above > 0).to(above.dtype).mean(1) + (below <= 0).to(below.dtype).mean(1)
-        figures = torch.stack([right / 2, above.mean(1), below.mean(1)])
+        right = (above > 0).to(above.dtype).mean(-1) + (below <= 0).to(below.dtype).mean(-1)
+        figures = torch.stack([right / 2, above.mean(-1), below.mean(-1)])
         if weight is not None:
             figures = torch.where(weight > 0, figures, torch.nan)
-        columns = zip(losses.unbind(), *(figure.unbind() for figure in figures), strict=True)
-        return {name: TermReport(*column) for name, column in zip(names, columns, strict=True)}
+        columns = figures.reshape(3, -1).unbind(1)
+        each = zip(names, losses.reshape(-1).unbind(), columns, strict=True)
+        return {name: TermReport(loss, *column.unbind()) for name, loss, column in each}
 
     def _check_finite(self, step: Step) -> None:
         partition = self.discriminator.partition

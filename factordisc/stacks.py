@@ -158,7 +158,7 @@ def unstacked(output: Any, number: int) -> list[Any]:
 def gated(tensor: Tensor, weight: Tensor) -> Tensor:
     """Returns the tensor itself, whose gradient is exactly zero in rows of weight 0."""
     gate = tensor.view_as(tensor)
-    if gate.requires_grad:
+    if gate.requires_grad and not torch.compiler.is_compiling():
         shape = (*weight.shape, *[1] * (tensor.dim() - weight.dim()))
         # Zero outputs are not enough, since 0 * NaN is NaN on the way back.
         gate.register_hook(  # type: ignore[no-untyped-call]
