@@ -18,6 +18,7 @@ from factordisc import (
     Ratio,
     generator_loss,
     independent,
+    markov,
     shared,
 )
 
@@ -222,6 +223,20 @@ def test_assumptions_that_meet_in_many_ways_are_no_obstacle():
         assuming.append(independent(name, [n for n in names if n != name], under="q"))
     terms = Factorisation.flat(names, assuming).terms
     assert [term.name for term in terms] == [*names[1:], "p_dependency"]
+
+
+def test_a_relation_that_only_a_long_search_finds_is_found():
+    names = [f"x{i}" for i in range(7)]
+    assuming = [
+        independent(("x2", "x0", "x4", "x6"), ("x5", "x1"), under="q"),
+        independent(("x0", "x6", "x3", "x5", "x4"), "x2", under="q"),
+        independent("x6", ("x5", "x2", "x3", "x1"), under="q"),
+        markov(order=1, under="q"),
+    ]
+    # so x1 is independent of all others under q
+    zero = Ratio("zero", 1, q(*names), (q("x1"), q(*(n for n in names if n != "x1"))))
+    terms = Factorisation.flat(names, assuming).terms
+    assert Factorisation(names, [*terms, zero], assuming).terms[-1] == zero
 
 
 def test_terms_that_are_not_summed_need_no_proof():

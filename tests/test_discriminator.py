@@ -11,6 +11,7 @@ from factordisc import (
     DiscriminatorLoss,
     Factorisation,
     FactorisedDiscriminator,
+    Logistic,
     Partition,
     Ratio,
     independent,
@@ -173,6 +174,11 @@ def test_an_objective_that_is_no_ratio_is_refused():
         make(objective=Hinge())
 
 
+def test_an_objective_is_an_object_not_a_class():
+    with pytest.raises(TypeError, match="`objective` expects an object with loss"):
+        make(objective=Logistic)
+
+
 def test_the_objective_is_applied_to_every_term_before_the_sum():
     class Doubled:
         def loss(self, numerator_output, denominator_output):
@@ -186,6 +192,14 @@ def test_the_objective_is_applied_to_every_term_before_the_sum():
     assert_close(d(x), 2 * make(networks=n)(x) + 2)  # 1 + 1 + 1 - 1
     assert_close(d.terms(x)["a"], 2 * n["a"](x[:, :2])[:, 0] + 1)
     assert_close(d.term("a", x[:, :2]), d.terms(x)["a"])
+    # the criterion costs what the objective says, and reports what it says of the ratio
+    loss, report = DiscriminatorLoss(d)(x, x + 1, report=True)
+    rows = DiscriminatorLoss(d).rows(x, x + 1)["a"]
+    above, below = (n["a"](side)[:, 0].mean() for side in rows.sides)
+    assert_close(report["a"].loss, (below - above).detach())
+    assert_close(report["a"].numerator, (2 * above + 1).detach())
+    assert_close(report["a"].denominator, (2 * below + 1).detach())
+    assert_close(loss, sum(term.loss for term in report.values()))
 
 
 # --- outputs, logit= and inputs= ---
@@ -393,6 +407,34 @@ def test_a_shared_network_is_called_apart_for_different_logits():
     d, x = make(Partition({"a": 2, "b": 2}), FLAT, networks, logit=logit), torch.randn(N, 4)
     assert_close(d.terms(x)["b"], 2 * x[:, 2:].sum(1))
     assert_close(d.terms(x)["q_dependency"], 4 * x.sum(1))
+
+
+def test_a_shared_network_is_called_apart_for_integers_and_floats():
+    seen = []
+
+    def network(x):
+        seen.append(x.dtype)
+        return x.double().sum(1)
+
+    partition, both = Partition.fields("a", "b"), Returns(lambda a, b: a.double().sum(1))
+    shared_network = Returns(network)
+    networks = {
+        "a": shared_network,
+        "b": shared_network,
+        "p_dependency": both,
+        "q_dependency": both,
+    }
+    make(partition, FLAT, networks)((torch.ones(N, 2, dtype=torch.int64), torch.randn(N, 2)))
+    assert seen == [torch.int64, torch.float64]
+
+
+def test_networks_without_parameters_load_their_own_state_dict():
+    networks = {name: Returns(lambda x: x.sum(1)) for name in WIDTHS}
+    d = make(networks=networks)
+    assert d.load_state_dict(d.state_dict()).missing_keys == []
+    one = make(networks=networks | {"a": nn.Linear(2, 1)})
+    assert set(one.state_dict()) == {"networks.a.weight", "networks.a.bias"}
+    one.load_state_dict(one.state_dict())
 
 
 def test_a_shared_network_survives_its_state_dict():

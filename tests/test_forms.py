@@ -1,5 +1,7 @@
 """Hierarchical, autoregressive and causal forms: compositions of the flat one, proved exact."""
 
+from dataclasses import replace
+
 import numpy as np
 import problems
 import pytest
@@ -150,6 +152,30 @@ def test_assumptions_refine_with_their_parts():
     claim = independent(("a", "b"), "s", under="p")
     tree = {"m": ["a", "b"], "s": ["s"]}
     assert refined == Factorisation.hierarchical(tree, assuming=[claim, shared("a")])
+
+
+def test_refining_keeps_what_an_assumption_is_given():
+    claims = [independent("s", "t", given="m", under="p"), shared("s", given="m")]
+    top = Factorisation.flat(["m", "s", "t"], assuming=claims)
+    refined = top.refine("m", Factorisation.flat(["a", "b"]))
+    assert [str(a) for a in refined.assuming] == [
+        "independent('s', 't', given=['a', 'b'], under='p')",
+        "shared('s', given=['a', 'b'])",
+    ]
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_refining_keeps_the_sign_of_what_it_refines(sign):
+    top = Factorisation.hierarchical({"l": ["a", "b"], "r": ["c"]})
+    p, q = Density("p", ("a", "b")), Density("q", ("a", "b"))
+    extra = [Ratio("probe", sign, [p], [q])]
+    extra += [Ratio("back", -sign, [p], [q])] if sign else []
+    flat = Factorisation.flat(["a", "b"]).terms
+    other = Factorisation(["a", "b"], [replace(t, name=f"inner_{t.name}") for t in flat])
+    refined = Factorisation(top.parts, [*top.terms, *extra]).refine("probe", other)
+    inner = {term.name: term.sign for term in refined.terms[len(top.terms) :]}
+    inner.pop("back", None)
+    assert list(inner.values()) == [sign, sign, sign, -sign]
 
 
 def test_an_assumption_within_a_group_splits_the_groups_dependency():

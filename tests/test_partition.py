@@ -144,6 +144,19 @@ def test_indices_come_in_their_original_order(numpy):
     assert same(partition.take(x, ["c", "a"]), x[:, [0, 1, 4, 5]])
 
 
+def test_indices_are_kept_for_every_device():
+    partition = Partition.indices({"a": [5, 1], "b": [3, 2], "c": [4, 0]})
+    take = partition._layout.taker(("a",))
+    for device in ("cpu", "meta", "cpu"):
+        (taken,) = take((numbered(4, 6).to(device),))
+        assert taken.device.type == device
+    assert {str(device): index.device.type for device, index in take.tensors.items()} == {
+        "cpu": "cpu",
+        "meta": "meta",
+    }
+    assert partition.take(numbered(4, 6).to("meta"), "a").device.type == "meta"
+
+
 def test_a_step_keeps_its_dimension():
     x = numbered(4, 3, 2)
     partition = Partition.steps(3)

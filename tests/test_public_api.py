@@ -66,4 +66,7 @@ def test_the_quickstart_of_the_readme_runs():
     quickstart = [block for block in blocks if "FactorisedDiscriminator(" in block]
     if not quickstart:
         pytest.skip("README.md has no block with FactorisedDiscriminator( yet")
-    exec(compile(quickstart[0], "README.md", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    exec(compile(quickstart[0], "README.md", "exec"), names)
+    generator, d = names["generator"], names["d"]
+    assert all(bool((p.grad != 0).any()) for p in (*generator.parameters(), *d.parameters()))

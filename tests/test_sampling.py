@@ -183,6 +183,16 @@ def test_blocks_of_one_batch_on_such_a_side_never_share_a_row(rows):
         assert (a != b).all()
 
 
+def test_a_side_from_a_mapping_and_a_tensor_is_what_its_network_receives():
+    pair = {"b": torch.arange(6) + 100, "a": torch.arange(6)}
+    real = Observations({("a", "b"): pair, "c": torch.arange(5) + 200})
+    sources = {"p": real, "q": rows_of_indices(3, 6)}
+    _, drawn = DependencySampler(ABC).draw(term("qabc", "pab pc"), sources)
+    assert isinstance(drawn, tuple)
+    assert [int(part.min()) // 100 for part in drawn] == [0, 1, 2]
+    assert torch.equal(drawn[0] + 100, drawn[1])
+
+
 def test_both_sources_can_meet_in_one_side():
     sources = {"p": rows_of_indices(3, 8), "q": rows_of_indices(3, 6, 100)}
     above, below = DependencySampler(ABC).draw(term("pab qc", "pc qa qb"), sources)
