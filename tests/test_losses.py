@@ -358,6 +358,17 @@ def test_without_data_neither_nan_nor_buffers_come_through(compiled):
     assert_close(dict(network.named_buffers()), before, rtol=0.0, atol=0.0)
 
 
+def test_a_term_without_data_gets_rows_whose_differences_are_not_zero():
+    fake = torch.randn(8, 5)
+    rows = DiscriminatorLoss(make()).rows(Observations(a=torch.randn(6, 2)), fake)
+    above, below = rows["p_dependency"].sides
+    assert_close(above, fake)
+    assert bool((above != below).all())
+    assert_close(above.sort(0).values, below.sort(0).values)
+    assert rows["p_dependency"].missing
+    assert not rows["a"].missing
+
+
 def test_one_complete_row_is_a_step_without_the_dependency():
     real = Observations(joint=torch.randn(1, 5), a=torch.randn(8, 2))
     _, report = DiscriminatorLoss(make())(real, torch.randn(8, 5), report=True)
@@ -437,6 +448,20 @@ def test_separate_batches_are_two_passes():
     assert_close(apart, two)
     assert_close(together, one)
     assert abs((apart - together).item()) > 1e-3
+
+
+def test_separate_batches_separate_terms_that_share_a_network_too():
+    partition = Partition({"a": 2, "b": 2})
+    network, calls = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), []
+    network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    networks = {"a": network, "b": network} | {f"{s}_dependency": nn.Linear(4, 1) for s in "pq"}
+    d = FactorisedDiscriminator(partition, Factorisation.flat(["a", "b"]), networks)
+    real, fake = torch.randn(6, 4), torch.randn(8, 4)
+    DiscriminatorLoss(d, separate_batches=True)(real, fake)
+    assert calls == [6, 6, 8, 8]
+    calls.clear()
+    DiscriminatorLoss(d)(real, fake)
+    assert calls == [28]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
