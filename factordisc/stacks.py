@@ -17,6 +17,19 @@ from factordisc.regularisers import SpectralNorm, iterate
 
 __all__: list[str] = []
 
+# Layers that do to a stack what they do to its rows one by one.
+_ENTRYWISE = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Tanh,
+    nn.Dropout,
+    nn.Identity,
+)
+
 
 class Stack(nn.Module):
     """K networks of one architecture, whose parameters are stacked: each has K rows.
@@ -44,6 +57,9 @@ class Stack(nn.Module):
             self.register_buffer(f"buffer_{i}", torch.stack(buffers))
         # Not a submodule: it lends its structure, and its own tensors are never used.
         self._template = (copy.deepcopy(first).to("meta"),)
+        self._is_dense = isinstance(first, nn.Sequential) and all(
+            type(layer) in (nn.Linear, *_ENTRYWISE) for layer in first
+        )
 
     def stacked(self) -> dict[str, Tensor]:
         """Returns the stacks of parameters and buffers by their names in a network."""
@@ -72,6 +88,8 @@ class Stack(nn.Module):
             tensors = {name: tensor.index_select(0, chosen) for name, tensor in tensors.items()}
         if gate is not None:
             tensors = {name: gated(tensor, gate) for name, tensor in tensors.items()}
+        if self._is_dense and arguments[0].dim() == 3:
+            return _dense(template, tensors, arguments[0])
         call = partial(torch.func.functional_call, template)
         return torch.vmap(call, randomness="different")(tensors, arguments)
 
@@ -94,6 +112,18 @@ class Stack(nn.Module):
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Loads nothing: `Stacked` does."""
+
+
+def _dense(template: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Evaluates multi-layer perceptrons: half the time that torch.vmap takes for them."""
+    for name, layer in template.named_children():
+        if not isinstance(layer, nn.Linear):
+            x = layer(x)
+        elif layer.bias is None:
+            x = torch.bmm(x, tensors[f"{name}.weight"].mT)
+        else:
+            x = torch.baddbmm(tensors[f"{name}.bias"][:, None], x, tensors[f"{name}.weight"].mT)
+    return x
 
 
 class Stacked(nn.Module):
