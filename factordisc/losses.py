@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from factordisc.densities import Ratio
 from factordisc.discriminator import FactorisedDiscriminator, TermBatches
 from factordisc.layouts import Batch, Tensors, outward
 from factordisc.observations import Observations
@@ -35,6 +37,7 @@ class TermRows:
         generated: The generator's rows of the term's parts, where the generator will ask the
             term; ``None`` unless something asks for them.
         missing: Whether the term lacks data in this step.
+        evaluated: Whether the network is evaluated on the generated rows too, below the sides.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class TermRows:
         weight: Tensor,
         generated: Rows | None = None,
         missing: bool = False,
+        evaluated: bool = False,
     ) -> None:
-        several = [side if isinstance(side, tuple) else (side,) for side in sides]
-        self.sizes = [side[0].shape[0] for side in several]
+        blocks = [*sides, generated] if evaluated and generated is not None else sides
+        several = [block if isinstance(block, tuple) else (block,) for block in blocks]
+        self.sizes = [block[0].shape[0] for block in several]
         self.weight = weight
         self.generated = generated
         self.missing = missing
+        self.number = len(sides)
         # Sides of unlike shapes cannot lie in one memory.
         self.joined: Tensors | None = None
         self.apart: list[Tensors] = []
@@ -61,7 +67,7 @@ class TermRows:
     @property
     def sides(self) -> tuple[Rows, ...]:
         """The rows of each side."""
-        return tuple(map(outward, self.split()))
+        return tuple(map(outward, self.split()[: self.number]))
 
     @property
     def numerator(self) -> Rows:
@@ -74,7 +80,7 @@ class TermRows:
         return self.sides[1]
 
     def split(self) -> list[Tensors]:
-        """Returns the rows of each side as the arguments of the network."""
+        """Returns the rows of each block, as the arguments of the network."""
         if self.joined is None:
             return self.apart
         return list(zip(*(torch.split(rows, self.sizes) for rows in self.joined), strict=True))
@@ -88,6 +94,9 @@ class TermReport(NamedTuple):
         accuracy: The share of rows on the right side of zero, both classes weighing the same.
         numerator: The mean log ratio on rows of the numerator, in nats.
         denominator: The mean log ratio on rows of the denominator, in nats.
+        generated: The mean log ratio on the generator's rows of the term's parts, in nats: where
+            the generator asks the term. Of a p-dependency much above the numerator's, it says
+            that the network praises what it has never seen.
 
     All but the loss, which is then zero, are NaN for a term that had no data.
     """
@@ -96,10 +105,11 @@ class TermReport(NamedTuple):
     accuracy: Tensor
     numerator: Tensor
     denominator: Tensor
+    generated: Tensor
 
 
 class DiscriminatorLoss(nn.Module):
-    """The sum over terms of what their classifiers cost on one step's data.
+    r"""The sum over terms of what their classifiers cost on one step's data.
 
     It works in three stages. `rows` draws the rows of every term: all randomness, everything
     about missing data, and nothing else. `cost` is networks and arithmetic of a fixed structure:
@@ -117,13 +127,26 @@ class DiscriminatorLoss(nn.Module):
         penalties: Callables by term, or "*" for every term without one of its own. They get a
             function from rows of the term to its log ratio, and the term's `TermRows`, and return
             a scalar that is added to the loss.
+        anchor: The weight with which the generator's rows join both sides of every dependency, or
+            of those that a mapping names: pins a p-dependency to 0 where only the generator has
+            mass. See the note.
         separate_batches: Evaluate the sides of a term in a pass each, and terms that share a
             network by themselves, for networks with batch statistics. By default they share one.
         check_finite: Look for NaN and infinite values in every batch. Off by default: it waits
             for the device.
 
+    Note:
+        A p-dependency learns from few complete observations and is asked about the generator's,
+        where nothing pins it. With an anchor of weight :math:`\epsilon` its optimum is
+        :math:`\log (p + \epsilon q) / (\prod_i p_i + \epsilon q)`: what it was where the data
+        have mass, and 0, which says nothing, where only the generator has. The q-dependency's is
+        :math:`\log (1 + \epsilon) q / (\prod_i q_i + \epsilon q)`, so that the two still cancel
+        wherever p = q: the fixed point is not biased, if the dependencies of both sources are over
+        the same sets (not with `markov` or `from_patterns` under one source only).
+
     Raises:
-        ValueError: If a penalty is for a term that does not exist.
+        ValueError: If a penalty is for a term that does not exist; if an anchor is negative, not
+            finite, or for a term that is no dependency.
         TypeError: If the first argument is not a `FactorisedDiscriminator`.
 
     Example:
@@ -146,6 +169,7 @@ class DiscriminatorLoss(nn.Module):
         discriminator: FactorisedDiscriminator,
         sampler: DependencySampler | None = None,
         penalties: Mapping[str, Penalty] | None = None,
+        anchor: float | Mapping[str, float] = 0.0,
         *,
         separate_batches: bool = False,
         check_finite: bool = False,
@@ -171,6 +195,8 @@ class DiscriminatorLoss(nn.Module):
                     f"`penalties` names term {name!r}, but the terms are {tuple(names)} "
                     "and '*' for all."
                 )
+        self._own = {term.name: _own_side(term) for term in discriminator.factorisation.terms}
+        self.anchors = _anchors(discriminator.factorisation.terms, anchor)
         self.separate_batches = separate_batches
         self.check_finite = check_finite
         # By device, the weights 0 and 1 of every term: a compiled `cost` is guarded by which of
@@ -207,14 +233,19 @@ class DiscriminatorLoss(nn.Module):
         if torch.compiler.is_compiling():
             # Not a decorator: that would import the compiler with this package.
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
-        rows = draw(real, fake)
+        rows = draw(real, fake, generated=report)
         loss, reports = self._cost(rows, report)
         if self.penalties:
             loss = loss + self.penalty(rows)
         return (loss, reports) if report else loss
 
     def rows(
-        self, real: Observations | Batch, fake: Batch, *, detach: bool = True
+        self,
+        real: Observations | Batch,
+        fake: Batch,
+        *,
+        detach: bool = True,
+        generated: bool = False,
     ) -> dict[str, TermRows]:
         """Draws the rows of every term: all that is random or missing.
 
@@ -223,9 +254,11 @@ class DiscriminatorLoss(nn.Module):
             fake: As for the module itself.
             detach: Cut the rows off the generator. ``False`` keeps its graph, for generators
                 that differentiate through the discriminator's updates (unrolled GANs).
+            generated: Have every term evaluated on the generator's rows too, for the report.
 
         Returns:
-            The `TermRows` of every term, with generated rows for those that have a penalty.
+            The `TermRows` of every term, with generated rows for those that have a penalty or an
+            anchor.
         """
         labels = {"p": "`real`", "q": "`fake`"}
         step = Step(self.sampler, {"p": real, "q": fake}, labels, detach)
@@ -242,16 +275,23 @@ class DiscriminatorLoss(nn.Module):
         penalised = self.penalties.keys()
         drawn = {}
         for term, zero, one in zip(terms, *self._weights[device], strict=True):
-            sides, generated = step.sides(term), None
+            name, sides, own = term.name, step.sides(term), self._own[term.name]
             missing = sides is None
-            if missing or (penalised and (term.name in penalised or "*" in penalised)):
-                generated = d._takes[term.name](whole)
+            evaluated = own is None and (generated or name in self.anchors)
+            at: Tensors | None = None
+            if missing or evaluated or name in penalised or "*" in penalised:
+                at = d._takes[name](whole)
             if sides is None:
                 # Never an empty batch: users' networks reshape by x.size(0). Rolled, so that no
                 # penalty divides by a difference of zero.
-                sides = (generated or (), tuple(t.roll(1, 0) for t in generated or ()))
-            asked = None if generated is None else outward(generated)
-            drawn[term.name] = TermRows(sides, zero if missing else one, asked, missing)
+                sides = (at or (), tuple(t.roll(1, 0) for t in at or ()))
+            drawn[name] = TermRows(
+                [side[0] if len(side) == 1 else side for side in sides],
+                zero if missing else one,
+                None if at is None else outward(at),
+                missing,
+                evaluated,
+            )
         return drawn
 
     @overload
@@ -303,14 +343,19 @@ class DiscriminatorLoss(nn.Module):
         # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
         groups: dict[object, list[str]] = {}
         for name, term in rows.items():
-            groups.setdefault(name if compiling else tuple(term.sizes), []).append(name)
+            alike = (*term.sizes, self.anchors.get(name), self._own[name])
+            groups.setdefault(name if compiling else alike, []).append(name)
         losses: list[Tensor] = []
         reports: dict[str, TermReport] = {}
         for names in groups.values():
             several, first = len(names) > 1, names[0]
             stacked = torch.stack([outputs[n] for n in names]) if several else outputs[first]
-            sides = torch.split(stacked, rows[first].sizes, -1)
+            blocks = torch.split(stacked, rows[first].sizes, -1)
+            sides, own = blocks[: rows[first].number], self._own[first]
+            at = blocks[-1] if own is None else blocks[own]
             loss = self._losses(sides)
+            if first in self.anchors:
+                loss = loss + self.anchors[first] * self._losses((at, at))
             weight = None
             if any([name in weights for name in names]):
                 weight = rows[first].weight
@@ -318,28 +363,31 @@ class DiscriminatorLoss(nn.Module):
                 loss = torch.where(weight > 0, loss, 0.0)
             losses.append(loss.sum() if several else loss)
             if report:
-                reports.update(self._reports(names, loss.detach(), sides, weight))
+                evaluated = own is not None or len(blocks) > len(sides)
+                at = at if evaluated else torch.full_like(sides[0], torch.nan)
+                reports.update(self._reports(names, loss.detach(), (*sides, at), weight))
         total = reduce(add, losses)
         return total, {name: reports[name] for name in rows} if report else {}
 
     def _outputs(
         self, rows: Mapping[str, TermRows], weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Evaluates terms on all their sides, one below the other."""
+        """Evaluates terms on all their blocks, one below the other."""
         together: dict[str, Tensors] = {}
         apart: list[dict[str, Tensors]] = []
         for name, term in rows.items():
             if term.joined is not None and not self.separate_batches:
                 together[name] = term.joined
                 continue
-            apart = apart or [{} for _ in term.sizes]
-            for batches, side in zip(apart, term.split(), strict=True):
-                batches[name] = side
+            blocks = term.split()
+            apart += [{} for _ in blocks[len(apart) :]]
+            for batches, block in zip(apart, blocks, strict=False):
+                batches[name] = block
         d = self.discriminator
         outputs: dict[str, Tensor] = d(TermBatches(together, weights)) if together else {}
         several = [d(TermBatches(b, weights, self.separate_batches)) for b in apart]
         for name in several[0] if several else ():
-            outputs[name] = torch.cat([one[name] for one in several])
+            outputs[name] = torch.cat([one[name] for one in several if name in one])
         return outputs
 
     def _losses(self, sides: tuple[Tensor, ...]) -> Tensor:
@@ -354,12 +402,13 @@ class DiscriminatorLoss(nn.Module):
     def _reports(
         self, names: list[str], losses: Tensor, sides: tuple[Tensor, ...], weight: Tensor | None
     ) -> dict[str, TermReport]:
-        above, below = (self.discriminator.objective.log_ratio(side.detach()) for side in sides)
+        log_ratio = self.discriminator.objective.log_ratio
+        above, below, at = (log_ratio(side.detach()) for side in sides)
         right = (above > 0).to(above.dtype).mean(-1) + (below <= 0).to(below.dtype).mean(-1)
-        figures = torch.stack([right / 2, above.mean(-1), below.mean(-1)])
+        figures = torch.stack([right / 2, above.mean(-1), below.mean(-1), at.mean(-1)])
         if weight is not None:
             figures = torch.where(weight > 0, figures, torch.nan)
-        columns = figures.reshape(3, -1).unbind(1)
+        columns = figures.reshape(4, -1).unbind(1)
         each = zip(names, losses.reshape(-1).unbind(), columns, strict=True)
         return {name: TermReport(loss, *column.unbind()) for name, loss, column in each}
 
@@ -378,6 +427,38 @@ class DiscriminatorLoss(nn.Module):
     def extra_repr(self) -> str:
         """Names the sampler and the options."""
         return f"{self.sampler}, separate_batches={self.separate_batches}"
+
+
+def _own_side(term: Ratio) -> int | None:
+    """Returns the side whose rows are the generator's as they are, if one is."""
+    for i, side in enumerate((term.numerator, term.denominator)):
+        if len(side) == 1 and side[0].source == "q":
+            return i
+    return None
+
+
+def _anchors(terms: Sequence[Ratio], anchor: float | Mapping[str, float]) -> dict[str, float]:
+    """Checks the anchors; returns those that are not zero, by term."""
+    dependencies = [term.name for term in terms if _is_dependency(term)]
+    given = anchor if isinstance(anchor, Mapping) else dict.fromkeys(dependencies, anchor)
+    for name, value in given.items():
+        if name not in dependencies:
+            raise ValueError(
+                f"`anchor` names term {name!r}, which is no dependency; the dependencies are "
+                f"{tuple(dependencies)}."
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"The anchor of term {name!r} is a number, but got {value!r}.")
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"The anchor of term {name!r} is finite and at least 0, but got {value}."
+            )
+    return {name: float(value) for name, value in given.items() if value}
+
+
+def _is_dependency(term: Ratio) -> bool:
+    densities = (*term.numerator, *term.denominator)
+    return len(densities) > 2 and len({density.source for density in densities}) == 1
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

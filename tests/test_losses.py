@@ -70,6 +70,9 @@ def test_loss_and_report_against_direct_computation():
         assert_close(report[name].accuracy, accuracy)
         assert_close(report[name].numerator, above.mean().detach())
         assert_close(report[name].denominator, below.mean().detach())
+        columns = {"a": [0, 1], "b": [2, 3, 4]}.get(name, range(5))
+        asked = d.networks[name](fake[:, columns])[:, 0].mean().detach()
+        assert_close(report[name].generated, asked)
     assert list(report) == list(WIDTHS)
     assert_close(loss, total)
     assert_close(loss, sum(term.loss for term in report.values()))
@@ -98,8 +101,12 @@ def test_one_forward_pass_per_network_and_step():
     d, calls = make(), []
     for network in d.networks.values():
         network.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    DiscriminatorLoss(d)(some_real(), torch.randn(8, 5), report=True)[0].backward()
+    DiscriminatorLoss(d)(some_real(), torch.randn(8, 5)).backward()
     assert calls == [16 + 8, 7 + 8, 4 + 4, 8 + 8]
+    calls.clear()
+    # a report says what the p-dependency makes of the generator's rows
+    DiscriminatorLoss(d)(some_real(), torch.randn(8, 5), report=True)[0].backward()
+    assert calls == [16 + 8, 7 + 8, 4 + 4 + 8, 8 + 8]
 
 
 # --- where gradients go ---
@@ -312,6 +319,148 @@ def test_the_penalty_of_a_term_without_data_weighs_nothing():
     assert_close(loss, sum(term.loss for term in report.values()) + 7)
     loss = DiscriminatorLoss(make(), penalties={"p_dependency": penalty})(Observations(), fake)
     assert loss.isfinite()
+
+
+# --- the anchor ---
+
+TABLE = Partition.fields("a", "b")
+CELLS = [(i, j) for i in range(3) for j in range(4)]
+
+
+class Free(nn.Module):
+    """A free output for every cell of a table."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, *cells):
+        return self.values[cells]
+
+
+def exact_cost(criterion, p, q):
+    """What a criterion costs in expectation, and its free outputs at the optimum."""
+    d, epsilon = criterion.discriminator, criterion.anchors
+    marginals = {s: t.sum(1)[:, None] * t.sum(0)[None] for s, t in (("p", p), ("q", q))}
+    total = 0.0
+    for s, table in (("p", p), ("q", q)):
+        y = d.networks[f"{s}_dependency"].values
+        total = total + (table * softplus(-y)).sum() + (marginals[s] * softplus(y)).sum()
+        total = total + epsilon[f"{s}_dependency"] * (q * (softplus(-y) + softplus(y))).sum()
+    return total
+
+
+def table_discriminator():
+    networks = {"a": Free(3), "b": Free(4), "p_dependency": Free(3, 4), "q_dependency": Free(3, 4)}
+    return FactorisedDiscriminator(TABLE, Factorisation.flat(["a", "b"]), networks)
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.3, 1.0])
+def test_the_optimum_of_anchored_dependencies(epsilon):
+    p, q = (torch.rand(3, 4).pow(2) for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    p[0, 1] = 0.0  # only the generator has mass there
+    p = p / p.sum()
+    d = table_discriminator()
+    criterion = DiscriminatorLoss(d, anchor=epsilon)
+    optimiser = torch.optim.LBFGS(
+        d.parameters(),
+        max_iter=2000,
+        tolerance_grad=1e-14,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = exact_cost(criterion, p, q)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    product = {s: t.sum(1)[:, None] * t.sum(0)[None] for s, t in (("p", p), ("q", q))}
+    values = {s: d.networks[f"{s}_dependency"].values.detach() for s in "pq"}
+    expected = ((p + epsilon * q) / (product["p"] + epsilon * q)).log()
+    assert_close(values["p"], expected, rtol=0.0, atol=1e-5)
+    expected = ((1 + epsilon) * q / (product["q"] + epsilon * q)).log()
+    assert_close(values["q"], expected, rtol=0.0, atol=1e-5)
+    # where p = q the two cancel for every weight: the fixed point is not biased
+    same = ((q + epsilon * q) / (product["q"] + epsilon * q)).log()
+    assert_close(same, expected)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0])
+@pytest.mark.parametrize("separate", [False, True])
+def test_an_anchor_costs_what_its_rows_do_on_both_sides(epsilon, separate):
+    d, real, fake = make(), some_real(), torch.randn(8, 5)
+    plain, terms = DiscriminatorLoss(d, seeded())(real, fake, report=True)
+    criterion = DiscriminatorLoss(d, seeded(), anchor=epsilon, separate_batches=separate)
+    loss, report = criterion(real, fake, report=True)
+    for name in WIDTHS:
+        y = d.networks[name](
+            fake if "dependency" in name else fake[:, :1].expand(-1, WIDTHS[name])
+        )
+        both = (softplus(-y).mean() + softplus(y).mean()) * (epsilon if "_" in name else 0.0)
+        assert_close(report[name].loss, (terms[name].loss + both).detach())
+    assert_close(
+        report["p_dependency"].generated, d.networks["p_dependency"](fake).mean().detach()
+    )
+    one = DiscriminatorLoss(d, seeded(), anchor={"q_dependency": epsilon})
+    y = d.networks["q_dependency"](fake)
+    assert_close(one(real, fake), plain + epsilon * (softplus(-y).mean() + softplus(y).mean()))
+    assert_close(DiscriminatorLoss(d, seeded(), anchor=0.0)(real, fake), plain)
+
+
+@pytest.mark.parametrize("form", ["hierarchical", "autoregressive"])
+def test_anchors_of_all_dependencies_of_a_form(form):
+    names = ["w", "x", "y", "z"]
+    tree = {"l": names[:2], "r": names[2:]}
+    factorisation = Factorisation.hierarchical(tree)
+    if form == "autoregressive":
+        factorisation = Factorisation.autoregressive(names)
+    networks = {t.name: nn.Linear(len(t.parts), 1) for t in factorisation.terms}
+    d = FactorisedDiscriminator(Partition(dict.fromkeys(names, 1)), factorisation, networks)
+    criterion = DiscriminatorLoss(d, anchor=0.3)
+    assert set(criterion.anchors) == {t.name for t in factorisation.terms if "dep" in t.name}
+    fake = torch.randn(8, 4)
+    loss, report = criterion(Observations(w=torch.randn(6, 1)), fake, report=True)
+    loss.backward()
+    for name, parameter in d.networks.named_parameters():
+        term = name.split(".")[0]
+        lacks = not report[term].loss
+        assert bool((parameter.grad == 0).all()) == lacks
+    criterion(torch.randn(8, 4), fake).backward()
+    assert all(bool((p.grad != 0).any()) for p in d.parameters())
+
+
+def test_an_anchored_cost_is_one_graph():
+    torch._dynamo.reset()
+    criterion = DiscriminatorLoss(make(), anchor=0.1)
+    cost = torch.compile(criterion.cost, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for real in (torch.randn(8, 5), Observations(a=torch.randn(8, 2))):
+            rows = criterion.rows(real, torch.randn(8, 5))
+            assert_close(cost(rows), criterion.cost(rows))
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "anchor"),
+    [
+        (ValueError, "of term 'p_dependency' is finite and at least 0, but got -0.1", -0.1),
+        (ValueError, "finite and at least 0, but got nan", float("nan")),
+        (ValueError, "finite and at least 0, but got inf", {"q_dependency": float("inf")}),
+        (
+            ValueError,
+            r"names term 'a', which is no dependency; .*\('p_dependency', 'q",
+            {"a": 0.1},
+        ),
+        (TypeError, "anchor of term 'p_dependency' is a number, but got 'much'", "much"),
+        (TypeError, "is a number, but got True", True),
+    ],
+)
+def test_what_is_no_anchor_is_refused(error, says, anchor):
+    with pytest.raises(error, match=says):
+        DiscriminatorLoss(make(), anchor=anchor)
 
 
 # --- a term without data costs exactly nothing ---
