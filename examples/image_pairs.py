@@ -42,7 +42,7 @@ from support.results import environment, read_rows, table, write_json, write_ten
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 
-Model = Literal["gan", "gan-big", "factorgan", "factorgan-bounded"]
+Model = Literal["gan", "gan-big", "factorgan", "factorgan-bounded", "factorgan-anchored"]
 MODELS: tuple[Model, ...] = ("gan", "gan-big", "factorgan")  # of the paper
 SIZE = 64
 SHOWN = 12  # pairs in a figure of samples
@@ -82,6 +82,9 @@ class Settings:
     """Filters of the generator's last hidden layer; all others scale with it."""
     discriminator_filters: int = 32
     """Filters of a discriminator's first layer; all others scale with it."""
+    anchor: float = 0.1
+    """Of factorgan-anchored: the weight of the generator's samples on both sides of the
+    dependencies."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     scorings: int = 8
@@ -222,6 +225,7 @@ def make_training(settings: Settings, pairs: PairedImages, machine: Machine) -> 
         settings.seed,
         machine,
         settings.average,
+        anchor=settings.anchor if settings.model == "factorgan-anchored" else 0.0,
     )
 
 

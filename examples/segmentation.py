@@ -54,7 +54,7 @@ from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
 
-Model = Literal["gan", "cyclegan", "factorgan", "factorgan-bounded"]
+Model = Literal["gan", "cyclegan", "factorgan", "factorgan-bounded", "factorgan-anchored"]
 MODELS: tuple[Model, ...] = ("gan", "cyclegan", "factorgan", "factorgan-bounded")
 PARTITION = Partition.fields("scene", "map")
 POOL = 50  # fakes that CycleGAN's discriminators remember
@@ -93,6 +93,9 @@ class Settings:
     """Of Adam, with betas (0.5, 0.999)."""
     discriminator_updates: int = 2
     """Updates of the discriminators for each of the generator."""
+    anchor: float = 0.1
+    """Of factorgan-anchored: the weight of the generator's samples on both sides of the
+    dependencies."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     scorings: int = 40
@@ -298,6 +301,7 @@ def make_training(settings: Settings, train: PairedImages, machine: Machine) -> 
         settings.average,
         regulariser=CycleLoss(NOISE) if unpaired else None,
         pool=POOL if unpaired else 0,
+        anchor=settings.anchor if settings.model == "factorgan-anchored" else 0.0,
     )
 
 

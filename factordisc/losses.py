@@ -234,7 +234,11 @@ class DiscriminatorLoss(nn.Module):
             # Not a decorator: that would import the compiler with this package.
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
         rows = draw(real, fake, generated=report)
-        loss, reports = self._cost(rows, report)
+        # By its public name: users replace it by a compiled one.
+        if report:
+            loss, reports = self.cost(rows, report=True)
+        else:
+            loss, reports = self.cost(rows), {}
         if self.penalties:
             loss = loss + self.penalty(rows)
         return (loss, reports) if report else loss

@@ -290,6 +290,15 @@ def test_the_three_stages_are_the_whole():
     assert DiscriminatorLoss(d).penalty(rows) == 0
 
 
+def test_a_cost_that_was_replaced_by_a_compiled_one_is_called():
+    criterion, seen = DiscriminatorLoss(make()), []
+    cost = criterion.cost
+    criterion.cost = lambda rows, **options: seen.append(options) or cost(rows, **options)
+    criterion(some_real(), torch.randn(8, 5))
+    criterion(some_real(), torch.randn(8, 5), report=True)
+    assert seen == [{}, {"report": True}]
+
+
 def test_a_penalty_gets_the_rows_of_the_sides_and_the_generators():
     d, real, fake, seen = make(), some_real(), torch.randn(8, 5), {}
 

@@ -132,6 +132,7 @@ class Training:
         regulariser: What is added to the generator's loss, if anything. It may call the generator
             again.
         pool: The size of a pool of earlier fakes for the discriminators (`FakePool`); 0 for none.
+        anchor: The weight of the generator's samples on both sides of the dependencies.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Training:
         clip: float = 0.0,
         regulariser: Regulariser | None = None,
         pool: int = 0,
+        anchor: float = 0.0,
     ) -> None:
         self.device = torch.device(machine.device)
         self.machine = machine
@@ -183,7 +185,9 @@ class Training:
         self.history: list[dict[str, float]] = []
         self._observations: Iterator[Observations] | None = None
         criterion = DiscriminatorLoss(
-            discriminator, DependencySampler(discriminator.partition, rng=self.rng)
+            discriminator,
+            DependencySampler(discriminator.partition, rng=self.rng),
+            anchor=anchor,
         )
         self._generate, discriminate = generator, discriminator
         if machine.compile:
