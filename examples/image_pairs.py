@@ -42,7 +42,9 @@ from support.results import environment, read_rows, table, write_json, write_ten
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 
-Model = Literal["gan", "gan-big", "factorgan", "factorgan-bounded", "factorgan-anchored"]
+Model = Literal[
+    "gan", "gan-big", "factorgan", "factorgan-bounded", "factorgan-anchored", "factorgan-remainder"
+]
 MODELS: tuple[Model, ...] = ("gan", "gan-big", "factorgan")  # of the paper
 SIZE = 64
 SHOWN = 12  # pairs in a figure of samples
@@ -114,6 +116,8 @@ def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
     partition = Partition(channels, dim=1)
     if settings.model in ("gan", "gan-big"):
         factorisation = Factorisation.joint(partition.names)
+    elif settings.model == "factorgan-remainder":
+        factorisation = Factorisation.remainder(partition.names)
     else:
         factorisation = Factorisation.flat(partition.names)
     filters = settings.discriminator_filters * (2 if settings.model == "gan-big" else 1)

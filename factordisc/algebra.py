@@ -103,7 +103,8 @@ class Algebra:
             )
             return tuple(sorted(sorted_densities, key=lambda d: self.position[d.parts[0]]))
 
-        return Ratio(term.name, term.sign, ordered(term.numerator), ordered(term.denominator))
+        sides = (ordered(term.numerator), ordered(term.denominator))
+        return Ratio(term.name, term.sign, *sides, term.given)
 
     def density(self, source: str, mask: int) -> Density:
         return Density(source, self.names(mask))
@@ -190,11 +191,15 @@ class Algebra:
     def prove(self, terms: Iterable[Ratio]) -> None:
         """Raises unless the signed sum of the terms is log p - log q of all parts."""
         missing: Expression = {("p", self.everything): 1, ("q", self.everything): -1}
-        summed = [term for term in terms if term.sign]
+        known = {term.name: term for term in terms}
+        summed = [term for term in known.values() if term.sign]
         if not summed and self.is_zero(missing):
             raise nothing_to_learn(self.assuming)
         for term in summed:
             add_to(missing, self.expression(term), -term.sign)
+            for name in term.given:
+                other = known[name]
+                add_to(missing, self.expression(other), term.sign * other.sign)
         residual = self.normalised(missing)
         if residual and not self._follows(residual, missing):
             raise ValueError(self._explain(residual))

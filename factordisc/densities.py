@@ -56,6 +56,9 @@ class Ratio:
             and reported, but not summed.
         numerator: The densities whose product is the numerator.
         denominator: The densities whose product is the denominator.
+        given: The names of other terms of the factorisation, over some of the same parts. Their
+            signed sum is an offset of this term's logit in training, which moves none of them,
+            so that the term itself is what they leave of the ratio.
 
     Raises:
         ValueError: If a side covers a part twice, or the sides cover different parts, or the
@@ -71,9 +74,12 @@ class Ratio:
     sign: int
     numerator: tuple[Density, ...]
     denominator: tuple[Density, ...]
+    given: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_key(self.name, "term")
+        what = f"`given` of term {self.name!r}"
+        object.__setattr__(self, "given", part_names(self.given, what))
         if type(self.sign) is not int or self.sign not in (-1, 0, 1):
             raise ValueError(
                 f"Term {self.name!r} expects a sign of 1, -1 or 0, got {self.sign!r}."
@@ -109,7 +115,8 @@ class Ratio:
 
     def __str__(self) -> str:
         above = " + ".join(f"log {density}" for density in self.numerator)
-        return above + "".join(f" − log {density}" for density in self.denominator)
+        below = "".join(f" − log {density}" for density in self.denominator)
+        return above + below + (f" − ({', '.join(self.given)})" if self.given else "")
 
 
 class Assumption(Protocol):
@@ -342,9 +349,9 @@ def part_names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{what} expects the names of parts, but got {name!r}.")
+            raise TypeError(f"{what} expects names, but got {name!r}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"{what} expects every part once, but got {names}.")
+        raise ValueError(f"{what} expects every name once, but got {names}.")
     return names
 
 

@@ -142,6 +142,11 @@ class FactorisedDiscriminator(nn.Module):
                 "not estimate a density ratio, so they cannot be summed; use Logistic()."
             )
         self._terms = {term.name: term for term in factorisation.terms}
+        if any(t.given for t in factorisation.terms) and not isinstance(self.objective, Logistic):
+            raise TypeError(
+                "A term that is given others learns with their sum as an offset of its logit, "
+                f"which Logistic() can do, but the objective is {self.objective!r}."
+            )
         self._check_networks(networks or {})
         self.networks = nn.ModuleDict({name: (networks or {})[name] for name in self._terms})
         if not isinstance(logit, Mapping):
@@ -168,6 +173,15 @@ class FactorisedDiscriminator(nn.Module):
             if any(getattr(module, "inplace", False) is True for module in network.modules())
         }
         self._signs = {name: term.sign for name, term in self._terms.items() if term.sign}
+        # By term that is given others: how to take their parts from its own, and their signs.
+        self._given = {
+            name: [
+                (other, self._layouts[name].taker(self._layouts[other].names), self._signs[other])
+                for other in term.given
+            ]
+            for name, term in self._terms.items()
+            if term.given
+        }
         owners = Counter(id(network) for network in self.networks.values())
         self._shared = {name for name, n in self.networks.items() if owners[id(n)] > 1}
         self.stacks = nn.ModuleDict()
@@ -241,6 +255,14 @@ class FactorisedDiscriminator(nn.Module):
         batches = TermBatches({name: self._takes[name](tensors) for name in names})
         outputs = self._outputs(batches)
         return {name: self.objective.log_ratio(outputs[name]) for name in names}
+
+    @torch.no_grad()
+    def offset(self, name: str, batch: Tensors) -> Tensor:
+        """Sums what a term is given, on rows of the term: constants, with shape (N,)."""
+        given = self._given[name]
+        outputs = self._outputs(TermBatches({other: take(batch) for other, take, _ in given}))
+        values = [sign * self.objective.log_ratio(outputs[other]) for other, _, sign in given]
+        return reduce(add, values)
 
     # --- evaluation: batches are in canonical form, and nothing is checked again ---
 
@@ -461,6 +483,8 @@ def muted(network: nn.Module, arguments: Tensors, weight: Tensor) -> Any:
 
 def _without(term: Ratio) -> str:
     """Says which assumption would remove a term."""
+    if term.given:
+        return ""
     names = ", ".join(map(repr, term.parts))
     sources = {density.source for density in (*term.numerator, *term.denominator)}
     if sources == {"p", "q"} and len(term.numerator) == len(term.denominator) == 1:

@@ -47,6 +47,10 @@ def latex(parts: Sequence[str], terms: Sequence[Ratio]) -> str:
             first = "=" if len(lines) == 1 else "+"
             sign = first if term.sign > 0 else ("= -" if first == "=" else "-")
             ratio = _fraction(term.numerator, term.denominator)
+            for name in term.given:
+                other = next(t for t in terms if t.name == name)
+                fraction = _fraction(other.numerator, other.denominator)
+                ratio += f" {'-' if other.sign * term.sign > 0 else '+'} {fraction}"
             end = "" if first == "=" else " \\\\"
             lines[-1] += end
             lines.append(f"{sign}{{}}& {ratio}")

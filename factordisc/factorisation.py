@@ -84,6 +84,8 @@ class Factorisation:
         for name, count in names.items():
             if count > 1:
                 raise ValueError(f"{count} terms are called {name!r}. Give each its own name.")
+        for term in self.terms:
+            _check_given(term, self.terms)
         algebra.prove(self.terms)
 
     @classmethod
@@ -128,6 +130,34 @@ class Factorisation:
             ['map', 'p_dependency', 'q_dependency']
         """
         return cls._grown(Algebra(parts, assuming), tuple(Group(name) for name in parts))
+
+    @classmethod
+    def remainder(cls, parts: Sequence[str], assuming: Iterable[Assumption] = ()) -> Factorisation:
+        """Builds the form of a marginal per part and one term for what they leave.
+
+        The term, "remainder", is the joint ratio given the marginals: its network learns from
+        complete observations against the generator's, with the sum of the marginals as an
+        offset, and so is never asked where it was not trained. At its optimum it is the
+        difference of the two dependencies of `flat`.
+
+        Args:
+            parts: The names of the parts.
+            assuming: What is known about p and q: it removes marginals as in `flat`.
+
+        Example:
+            >>> print(Factorisation.remainder(["a", "b"]))
+            log p(a, b) − log q(a, b) =
+              + a          log p(a) − log q(a)                 from (a)
+              + b          log p(b) − log q(b)                 from (b)
+              + remainder  log p(a, b) − log q(a, b) − (a, b)  from (a, b)
+        """
+        flat = cls.flat(parts, assuming)
+        marginals = [term for term in flat.terms if len(term.parts) == 1]
+        left = tuple(dict.fromkeys(name for term in flat.terms for name in term.parts))
+        p, q = Density("p", left), Density("q", left)
+        given = tuple(term.name for term in marginals)
+        rest = Ratio("remainder" if given else "joint", 1, (p,), (q,), given)
+        return cls(flat.parts, [*marginals, rest], flat.assuming)
 
     @classmethod
     def hierarchical(cls, tree: Tree, assuming: Iterable[Assumption] = ()) -> Factorisation:
@@ -314,22 +344,31 @@ class Factorisation:
                 f"the terms are {tuple(term.name for term in self.terms)}."
             )
         prefix = "" if group == "joint" else f"{group}/"
+        names = {}
+        for inner in other.terms:
+            name = group if inner.name == "joint" else inner.name
+            inside_only = name.endswith("_dependency") or "/" in name or inner.given
+            names[inner.name] = prefix + name if inside_only else name
+        inside = tuple(names[inner.name] for inner in other.terms if inner.sign)
         terms: list[Ratio] = []
         for term in self.terms:
-            if term is not refined[0]:
-                terms.append(
-                    replace(
-                        term,
-                        numerator=tuple(_expanded(d, expands) for d in term.numerator),
-                        denominator=tuple(_expanded(d, expands) for d in term.denominator),
-                    )
-                )
+            if term is refined[0]:
+                for inner in other.terms:
+                    given = tuple(names[name] for name in inner.given)
+                    sign = inner.sign * term.sign
+                    terms.append(replace(inner, name=names[inner.name], sign=sign, given=given))
                 continue
-            for inner in other.terms:
-                name = group if inner.name == "joint" else inner.name
-                if name.endswith("_dependency") or "/" in name:
-                    name = prefix + name
-                terms.append(replace(inner, name=name, sign=inner.sign * term.sign))
+            given = tuple(
+                new for old in term.given for new in (inside if old == refined[0].name else (old,))
+            )
+            terms.append(
+                replace(
+                    term,
+                    numerator=tuple(_expanded(d, expands) for d in term.numerator),
+                    denominator=tuple(_expanded(d, expands) for d in term.denominator),
+                    given=given,
+                )
+            )
         parts = [inner for name in self.parts for inner in expands[name]]
         assuming = [_bound(a, self.parts, expands) for a in self.assuming]
         own: dict[str, tuple[str, ...]] = {name: (name,) for name in other.parts}
@@ -394,8 +433,12 @@ class Factorisation:
         return hash(self._content())
 
     def _content(self) -> tuple[object, ...]:
-        terms = frozenset((term.sign, term.numerator, term.denominator) for term in self.terms)
-        return (self.parts, terms)
+        def content(term: Ratio) -> tuple[object, ...]:
+            given = frozenset(content(known[name]) for name in term.given)
+            return (term.sign, term.numerator, term.denominator, given)
+
+        known = {term.name: term for term in self.terms}
+        return (self.parts, frozenset(map(content, self.terms)))
 
     def __repr__(self) -> str:
         terms = ", ".join(term.name for term in self.terms)
@@ -412,6 +455,23 @@ class Factorisation:
             lines.append(f"  {named}  {term!s:<{ratio_width}}  from {data}")
         lines += [f"assuming {assumption}" for assumption in self.assuming]
         return "\n".join(lines)
+
+
+def _check_given(term: Ratio, terms: Sequence[Ratio]) -> None:
+    """Refuses what a term cannot be given, with the reason."""
+    known = {other.name: other for other in terms}
+    for name in term.given:
+        if name not in known:
+            reason = f"there is no such term; the terms are {tuple(known)}"
+        elif known[name].given:
+            reason = "it is given terms itself"
+        elif not known[name].sign:
+            reason = "it is not part of the sum, since its sign is 0"
+        elif not set(known[name].parts) <= set(term.parts):
+            reason = f"it is about {known[name].parts}, but {term.name!r} about {term.parts}"
+        else:
+            continue
+        raise ValueError(f"Term {term.name!r} cannot be given {name!r}: {reason}.")
 
 
 def _read_tree(tree: Tree, path: str) -> list[Group]:

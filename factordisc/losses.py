@@ -79,6 +79,10 @@ class TermRows:
         """The rows of a ratio's denominator."""
         return self.sides[1]
 
+    def blocks(self) -> list[Tensors]:
+        """Returns all rows in as few pieces as there are memories."""
+        return self.apart if self.joined is None else [self.joined]
+
     def split(self) -> list[Tensors]:
         """Returns the rows of each block, as the arguments of the network."""
         if self.joined is None:
@@ -344,11 +348,18 @@ class DiscriminatorLoss(nn.Module):
         compiling = torch.compiler.is_compiling()
         weights = {n: term.weight for n, term in rows.items() if compiling or term.missing}
         outputs = self._outputs(rows, weights)
+        d = self.discriminator
+        offsets = {
+            name: torch.cat([d.offset(name, block) for block in rows[name].blocks()])
+            for name in d._given
+            if name in rows
+        }
         # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
         groups: dict[object, list[str]] = {}
         for name, term in rows.items():
             alike = (*term.sizes, self.anchors.get(name), self._own[name])
-            groups.setdefault(name if compiling else alike, []).append(name)
+            alone = compiling or name in offsets
+            groups.setdefault(name if alone else alike, []).append(name)
         losses: list[Tensor] = []
         reports: dict[str, TermReport] = {}
         for names in groups.values():
@@ -357,6 +368,9 @@ class DiscriminatorLoss(nn.Module):
             blocks = torch.split(stacked, rows[first].sizes, -1)
             sides, own = blocks[: rows[first].number], self._own[first]
             at = blocks[-1] if own is None else blocks[own]
+            if first in offsets:
+                shifted = torch.split(stacked + offsets[first], rows[first].sizes, -1)
+                sides = shifted[: rows[first].number]
             loss = self._losses(sides)
             if first in self.anchors:
                 loss = loss + self.anchors[first] * self._losses((at, at))
@@ -369,7 +383,9 @@ class DiscriminatorLoss(nn.Module):
             if report:
                 evaluated = own is not None or len(blocks) > len(sides)
                 at = at if evaluated else torch.full_like(sides[0], torch.nan)
-                reports.update(self._reports(names, loss.detach(), (*sides, at), weight))
+                accuracy = self._accuracy(sides)
+                values = (*blocks[: len(sides)], at)
+                reports.update(self._reports(names, loss.detach(), accuracy, values, weight))
         total = reduce(add, losses)
         return total, {name: reports[name] for name in rows} if report else {}
 
@@ -403,13 +419,22 @@ class DiscriminatorLoss(nn.Module):
         # The objective averages over everything.
         return torch.stack([objective.loss(*outputs) for outputs in zip(*sides, strict=True)])
 
+    def _accuracy(self, sides: tuple[Tensor, ...]) -> Tensor:
+        above, below = (self.discriminator.objective.log_ratio(side.detach()) for side in sides)
+        right = (above > 0).to(above.dtype).mean(-1) + (below <= 0).to(below.dtype).mean(-1)
+        return right / 2
+
     def _reports(
-        self, names: list[str], losses: Tensor, sides: tuple[Tensor, ...], weight: Tensor | None
+        self,
+        names: list[str],
+        losses: Tensor,
+        accuracy: Tensor,
+        outputs: tuple[Tensor, ...],
+        weight: Tensor | None,
     ) -> dict[str, TermReport]:
         log_ratio = self.discriminator.objective.log_ratio
-        above, below, at = (log_ratio(side.detach()) for side in sides)
-        right = (above > 0).to(above.dtype).mean(-1) + (below <= 0).to(below.dtype).mean(-1)
-        figures = torch.stack([right / 2, above.mean(-1), below.mean(-1), at.mean(-1)])
+        means = [log_ratio(output.detach()).mean(-1) for output in outputs]
+        figures = torch.stack([accuracy, *means])
         if weight is not None:
             figures = torch.where(weight > 0, figures, torch.nan)
         columns = figures.reshape(4, -1).unbind(1)

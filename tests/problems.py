@@ -171,21 +171,26 @@ class CorrelatedGaussians(Problem):
 
 
 class ExactTerm(nn.Module):
-    """Returns the log ratio of a term from what its network receives."""
+    """Returns the log ratio of a term, less what it is given, from what its network receives."""
 
-    def __init__(self, term, problem, partition, dtype):
+    def __init__(self, term, given, problem, partition, dtype):
         super().__init__()
-        self.term, self.problem, self.dtype = term, problem, dtype
+        self.term, self.given, self.problem, self.dtype = term, given, problem, dtype
         self.partition = partition.restrict(term.parts)
 
     def forward(self, *received):
         x = self.partition.split(received[0] if len(received) == 1 else received)
-        return self.problem.log_term(self.term, x).to(self.dtype)
+        given = sum(other.sign * self.problem.log_term(other, x) for other in self.given)
+        return (self.problem.log_term(self.term, x) - given).to(self.dtype)
 
 
 def exact_networks(factorisation, problem, partition, dtype=torch.float64):
     """Returns a network per term that gives its exact log ratio, rounded to `dtype`."""
-    return {term.name: ExactTerm(term, problem, partition, dtype) for term in factorisation.terms}
+    known = {term.name: term for term in factorisation.terms}
+    return {
+        name: ExactTerm(term, [known[g] for g in term.given], problem, partition, dtype)
+        for name, term in known.items()
+    }
 
 
 def assert_exact(factorisation, problem, atol=1e-10):

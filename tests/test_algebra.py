@@ -90,7 +90,7 @@ def test_every_form_gives_the_log_ratio_of_tables_under_their_assumptions(data):
     problem, assuming = data.draw(discrete())
     partition = data.draw(partitions_of(dict.fromkeys(problem.names, 1)))
     parts = data.draw(st.permutations(problem.names))
-    for form in (Factorisation.flat, Factorisation.joint):
+    for form in (Factorisation.flat, Factorisation.joint, Factorisation.remainder):
         try:
             factorisation = form(parts, assuming)
         except ValueError as error:

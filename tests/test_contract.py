@@ -27,6 +27,7 @@ FORMS = {
     "eq4": lambda: Factorisation.flat(["a", "b"], assuming=[shared("a")]),
     "no_p": lambda: Factorisation.flat(["a", "b"], assuming=[independent("a", "b", under="p")]),
     "eq6": lambda: Factorisation.flat(["a", "b", "c"], assuming=[shared("a", given=["b", "c"])]),
+    "remainder": lambda: Factorisation.remainder(["a", "b"]),
     "hierarchical": lambda: Factorisation.hierarchical({"left": ["a", "b"], "right": ["c"]}),
     "markov": lambda: Factorisation.autoregressive(
         ["a", "b", "c"], assuming=[markov(1, under="p")]

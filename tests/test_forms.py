@@ -359,3 +359,77 @@ def test_markov_windows_are_one_call_of_a_network_that_is_told_the_step():
                 window = kinds[i - first + 1, 2, source]
                 expected = expected + sign * window(x[:, first : i + 1], torch.full((5,), i))[:, 0]
     assert_close(total, expected)
+
+
+# --- terms that are given others ---
+
+
+def test_the_remainder_of_a_group_and_of_groups():
+    names = [t.name for t in Factorisation.remainder(["a", "b", "c"]).terms]
+    assert names == ["a", "b", "c", "remainder"]
+    top = Factorisation.flat(["l", "r"]).refine("l", Factorisation.remainder(["a", "b"]))
+    inner = {t.name: t for t in top.terms}["l/remainder"]
+    assert inner.given == ("a", "b")
+    assert inner.parts == ("a", "b")
+    other = Factorisation.remainder(["l", "r"]).refine("l", Factorisation.flat(["a", "b"]))
+    whole = {t.name: t for t in other.terms}["remainder"]
+    assert whole.given == ("a", "b", "l/p_dependency", "l/q_dependency", "r")
+    assert whole.parts == ("a", "b", "r")
+
+
+def test_assumptions_shorten_a_remainder():
+    conditional = Factorisation.remainder(["scene", "map"], assuming=[shared("scene")])
+    assert [t.name for t in conditional.terms] == ["map", "remainder"]
+    assert conditional.terms[1].given == ("map",)
+    known = Factorisation.remainder(["m", "a", "v"], [shared("m", given=["a", "v"])])
+    assert known.terms[-1].parts == ("a", "v")
+
+
+def test_terms_are_equal_only_if_they_are_given_the_same():
+    remainder = Factorisation.remainder(["a", "b"])
+    renamed = [replace(t, name={"remainder": "rest"}.get(t.name, t.name)) for t in remainder.terms]
+    assert Factorisation(["a", "b"], renamed) == remainder
+    joint = [replace(t, sign=0) if t.name != "remainder" else t for t in remainder.terms]
+    joint[-1] = replace(joint[-1], given=())
+    assert Factorisation(["a", "b"], joint) != remainder
+
+
+def test_a_remainder_is_written_with_what_it_is_given():
+    latex = Factorisation.remainder(["a", "b"]).to_latex()
+    last = latex.splitlines()[-2]
+    assert last.count(r"\frac") == 3
+    assert last.count(r" - \log") == 2
+
+
+A, Q = Density("p", ("a",)), Density("q", ("a",))
+WHOLE = [Density("p", ("a", "b"))], [Density("q", ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ([Ratio("t", 1, *WHOLE, ["z"])], r"cannot be given 'z': there is no such term"),
+        (
+            [Ratio("a", 1, [A], [Q], ["t"]), Ratio("t", 1, *WHOLE, ["a"])],
+            r"'a' cannot be given 't': it is given terms itself",
+        ),
+        (
+            [Ratio("a", 0, [A], [Q]), Ratio("t", 1, *WHOLE, ["a"])],
+            r"'t' cannot be given 'a': it is not part of the sum",
+        ),
+        (
+            [Ratio("t", 1, *WHOLE), Ratio("a", 1, [A], [Q], ["t"])],
+            r"'a' cannot be given 't': it is about \('a', 'b'\), but 'a' about \('a',\)",
+        ),
+        ([Ratio("t", 1, *WHOLE, ["t"])], "cannot be given 't': it is given terms itself"),
+    ],
+)
+def test_what_a_term_cannot_be_given_is_refused(terms, says):
+    with pytest.raises(ValueError, match=says):
+        Factorisation(["a", "b"], terms)
+
+
+def test_a_sum_with_a_term_given_too_little_is_refused():
+    flat = Factorisation.flat(["a", "b"]).terms
+    with pytest.raises(ValueError, match=r"missing: log q\(b\) − log p\(b\)|missing: −log p\(b\)"):
+        Factorisation(["a", "b"], [*flat[:2], Ratio("rest", 1, *WHOLE, ["a"])])

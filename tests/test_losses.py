@@ -13,6 +13,7 @@ from factordisc import (
     DiscriminatorLoss,
     Factorisation,
     FactorisedDiscriminator,
+    Logistic,
     Observations,
     Partition,
     generator_loss,
@@ -404,7 +405,7 @@ def test_an_anchor_costs_what_its_rows_do_on_both_sides(epsilon, separate):
     d, real, fake = make(), some_real(), torch.randn(8, 5)
     plain, terms = DiscriminatorLoss(d, seeded())(real, fake, report=True)
     criterion = DiscriminatorLoss(d, seeded(), anchor=epsilon, separate_batches=separate)
-    loss, report = criterion(real, fake, report=True)
+    _, report = criterion(real, fake, report=True)
     for name in WIDTHS:
         y = d.networks[name](
             fake if "dependency" in name else fake[:, :1].expand(-1, WIDTHS[name])
@@ -470,6 +471,94 @@ def test_an_anchored_cost_is_one_graph():
 def test_what_is_no_anchor_is_refused(error, says, anchor):
     with pytest.raises(error, match=says):
         DiscriminatorLoss(make(), anchor=anchor)
+
+
+# --- terms that are given others ---
+
+
+def remainder(networks=None):
+    widths = {"a": 2, "b": 3, "remainder": 5}
+    networks = networks or {name: nn.Linear(width, 1) for name, width in widths.items()}
+    return FactorisedDiscriminator(PARTS, Factorisation.remainder(["a", "b"]), networks)
+
+
+def test_a_remainder_learns_with_the_marginals_as_an_offset():
+    d, x, fake = remainder(), torch.randn(6, 5), torch.randn(8, 5)
+    criterion = DiscriminatorLoss(d, seeded())
+    loss, report = criterion(Observations(joint=x, a=torch.randn(9, 2)), fake, report=True)
+    n = d.networks
+
+    def joint(y):
+        return (n["a"](y[:, :2]) + n["b"](y[:, 2:]) + n["remainder"](y))[:, 0]
+
+    expected = softplus(-joint(x)).mean() + softplus(joint(fake)).mean()
+    assert_close(report["remainder"].loss, expected.detach())
+    assert_close(report["remainder"].numerator, n["remainder"](x).mean().detach())
+    assert_close(report["remainder"].generated, n["remainder"](fake).mean().detach())
+    right = (joint(x) > 0).double().mean() + (joint(fake) <= 0).double().mean()
+    assert_close(report["remainder"].accuracy, right / 2)
+    assert_close(loss, sum(term.loss for term in report.values()))
+    assert_close(d(fake), joint(fake))
+    # the offset is a constant: the marginals learn from their own rows alone
+    rows = criterion.rows(x, fake)
+    criterion.cost({"remainder": rows["remainder"]}).backward()
+    assert n["a"].weight.grad is None
+    assert bool((n["remainder"].weight.grad != 0).all())
+
+
+def test_the_optimum_of_a_remainder_is_what_the_marginals_leave():
+    p, q = (torch.rand(3, 4) for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    networks = {"a": Free(3), "b": Free(4), "remainder": Free(3, 4)}
+    d = FactorisedDiscriminator(TABLE, Factorisation.remainder(["a", "b"]), networks)
+    cells = tuple(torch.tensor(column) for column in zip(*CELLS, strict=True))
+    with torch.no_grad():
+        networks["a"].values.copy_((p.sum(1) / q.sum(1)).log())
+        networks["b"].values.copy_((p.sum(0) / q.sum(0)).log())
+    optimiser = torch.optim.LBFGS(
+        networks["remainder"].parameters(),
+        max_iter=2000,
+        tolerance_grad=1e-14,
+        tolerance_change=1e-18,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        y = networks["remainder"].values.flatten() + d.offset("remainder", cells)
+        loss = (p.flatten() * softplus(-y)).sum() + (q.flatten() * softplus(y)).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert_close(d(cells), (p / q).log().flatten(), rtol=0.0, atol=1e-6)
+
+
+def test_a_remainder_without_complete_rows_costs_nothing():
+    d, fake = remainder(), torch.randn(8, 5)
+    loss, report = DiscriminatorLoss(d)(Observations(a=torch.randn(9, 2)), fake, report=True)
+    loss.backward()
+    assert report["remainder"].loss == 0
+    assert report["remainder"].accuracy.isnan()
+    assert bool((d.networks["remainder"].weight.grad == 0).all())
+
+
+def test_an_objective_without_offsets_is_refused():
+    class Doubled(Logistic):
+        pass
+
+    class Other:
+        def loss(self, numerator_output, denominator_output):
+            return (denominator_output - numerator_output).mean()
+
+        def log_ratio(self, output):
+            return output
+
+    form = Factorisation.remainder(["a", "b"])
+    networks = {name: nn.Linear(1, 1) for name in ("a", "b", "remainder")}
+    FactorisedDiscriminator(PARTS, form, networks, objective=Doubled())
+    with pytest.raises(TypeError, match=r"offset of its logit, which Logistic\(\) can do"):
+        FactorisedDiscriminator(PARTS, form, networks, objective=Other())
 
 
 # --- a term without data costs exactly nothing ---
