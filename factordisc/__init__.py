@@ -12,6 +12,7 @@ from factordisc.losses import DiscriminatorLoss, generator_loss
 from factordisc.objectives import Logistic
 from factordisc.observations import Observations
 from factordisc.partition import Partition
+from factordisc.penalties import GradientPenalty
 from factordisc.regularisers import spectral_norm
 from factordisc.sampling import DependencySampler
 
@@ -23,6 +24,7 @@ __all__ = [
     "DiscriminatorLoss",
     "Factorisation",
     "FactorisedDiscriminator",
+    "GradientPenalty",
     "Logistic",
     "ObservationLoader",
     "Observations",

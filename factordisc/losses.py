@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Literal, NamedTuple, TypeAlias, overload
 
@@ -21,7 +21,22 @@ from factordisc.sampling import DependencySampler, Step
 __all__ = ["DiscriminatorLoss", "generator_loss"]
 
 Rows: TypeAlias = "Tensor | Tensors"
-Penalty: TypeAlias = "Callable[[Callable[[Batch], Tensor], TermRows], Tensor]"
+Penalty: TypeAlias = "Callable[[TermFunction, TermRows], Tensor]"
+
+
+class TermFunction:
+    """From rows of a term to its log ratio in nats, with shape (N,): what a penalty gets.
+
+    Attributes:
+        name: The name of the term.
+    """
+
+    def __init__(self, discriminator: FactorisedDiscriminator, name: str) -> None:
+        self.name = name
+        self._discriminator = discriminator
+
+    def __call__(self, rows: Batch) -> Tensor:
+        return self._discriminator.term(self.name, rows)
 
 
 class TermRows:
@@ -336,7 +351,7 @@ class DiscriminatorLoss(nn.Module):
         for name, term in rows.items():
             penalty = self.penalties.get(name, self.penalties.get("*"))
             if penalty is not None and not term.missing:
-                costs.append(penalty(partial(self.discriminator.term, name), term) * term.weight)
+                costs.append(penalty(TermFunction(self.discriminator, name), term) * term.weight)
         return torch.stack(costs).sum() if costs else next(iter(rows.values())).weight * 0
 
     def _cost(

@@ -14,6 +14,7 @@ NAMES = [
     "DiscriminatorLoss",
     "Factorisation",
     "FactorisedDiscriminator",
+    "GradientPenalty",
     "Logistic",
     "ObservationLoader",
     "Observations",
