@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from factordisc.layouts import Array, Batch, Layout, Tensors, outward
+from factordisc.layouts import Layout, Take, Tensors, by_name, outward
 from factordisc.names import Pattern
 from factordisc.observations import Observations
 from factordisc.partition import Partition
@@ -21,6 +23,7 @@ from factordisc.partition import Partition
 __all__ = ["ObservationLoader"]
 
 Source: TypeAlias = "Dataset[Any] | Tensor"
+Numbers: TypeAlias = "npt.NDArray[np.int64]"
 
 
 class ObservationLoader:
@@ -87,13 +90,17 @@ class ObservationLoader:
         self.workers = workers
         self.pin_memory = pin_memory
         named = _by_parts(datasets, partition)
+        sets = {
+            names: _Set(partition._layout.restrict(names), source)
+            for names, (_, source) in named.items()
+        }
         self._pools = [
             _Pool(
                 pattern,
                 names,
                 [
-                    (partition._layout.restrict(other), source)
-                    for other, (_, source) in named.items()
+                    samples
+                    for other, samples in sets.items()
                     if other == names or (pool and set(names) < set(other))
                 ],
             )
@@ -111,17 +118,22 @@ class ObservationLoader:
 
     def __iter__(self) -> Iterator[Observations]:
         """Goes on from `step`; breaking off and iterating again loses nothing."""
-        loader = DataLoader(
-            cast("Dataset[Observations]", _Steps(self._pools)),
-            batch_size=None,
-            sampler=_Tasks(self.seed, self.step, self.batch_size, [len(p) for p in self._pools]),
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            # Its only use in DataLoader is the workers' base seed, which every step overrides;
-            # without it, each iteration would draw from the global generator.
-            generator=torch.Generator(),
-        )
-        for observations in loader:
+        steps = _Steps(self._pools)
+        tasks = _Tasks(self.seed, self.step, self.batch_size, [len(p) for p in self._pools])
+        stream: Iterable[Observations] = map(steps.__getitem__, tasks)
+        if self.workers or self.pin_memory:
+            stream = DataLoader(
+                cast("Dataset[Observations]", steps),
+                batch_size=None,
+                sampler=tasks,
+                num_workers=self.workers,
+                collate_fn=_as_it_is,  # the default makes lists of tuples
+                pin_memory=self.pin_memory,
+                # Its only use in DataLoader is the workers' base seed, which every step
+                # overrides; without it, each iteration would draw from the global generator.
+                generator=torch.Generator(),
+            )
+        for observations in stream:
             self.step += 1
             yield observations
 
@@ -154,45 +166,95 @@ class ObservationLoader:
         return f"ObservationLoader({{{sizes}}}, batch_size={self.batch_size}, step={self.step})"
 
 
+class _Set:
+    """A data set, whose samples all pools of one step share."""
+
+    def __init__(self, layout: Layout, source: Source) -> None:
+        self.layout = layout
+        self.source = source
+        self.columns: tuple[Tensor, ...] | None = None
+        if isinstance(source, (Tensor, TensorDataset)):
+            self.columns = (source,) if isinstance(source, Tensor) else source.tensors
+
+    def __len__(self) -> int:
+        return _length(self.source)
+
+    def pieces(self, shares: Sequence[_Share]) -> Iterator[tuple[Pattern, _Piece]]:
+        """Yields what batches take; a sample is loaded once, however many want it."""
+        if self.columns is not None:
+            for share in shares:
+                index = torch.from_numpy(share.numbers)
+                batch = [x.index_select(0, index.to(x.device)) for x in self.columns]
+                yield share.piece(share.places.tolist(), self._read(batch))
+            return
+        union = list(dict.fromkeys(chain.from_iterable(s.numbers.tolist() for s in shares)))
+        fetch = getattr(self.source, "__getitems__", None)
+        loaded = fetch(union) if fetch else [self.source[number] for number in union]
+        samples = dict(zip(union, loaded, strict=True))
+        for share in shares:
+            places = share.places.tolist()
+            chosen = [samples[number] for number in share.numbers.tolist()]
+            if share.alone:
+                yield share.piece(places, self._read(default_collate(chosen)))
+            else:
+                # Cropped one by one: joining them is then the only copy.
+                for place, sample in zip(places, chosen, strict=True):
+                    yield share.piece([place], self._read(_row(sample)))
+
+    def _read(self, batch: Any) -> Tensors:
+        if isinstance(batch, (tuple, list)):
+            batch = tuple(batch) if len(batch) > 1 else batch[0]
+        return self.layout.read(batch)
+
+
+class _Share(NamedTuple):
+    """What the batch of a pattern takes from one data set, and for which of its places."""
+
+    pattern: Pattern
+    samples: _Set
+    take: Take
+    numbers: Numbers
+    places: Numbers
+    alone: bool
+
+    def piece(self, places: list[int], batch: Tensors) -> tuple[Pattern, _Piece]:
+        return self.pattern, _Piece(places, self.take(batch))
+
+
+class _Piece(NamedTuple):
+    """Rows of a batch, and where in it they stand."""
+
+    places: list[int]
+    batch: Tensors
+
+
 class _Pool:
     """All observations that contain a pattern, and how to crop them to it."""
 
-    def __init__(
-        self, pattern: Pattern, names: tuple[str, ...], sources: Sequence[tuple[Layout, Source]]
-    ) -> None:
+    def __init__(self, pattern: Pattern, names: tuple[str, ...], sets: Sequence[_Set]) -> None:
         self.pattern = pattern
-        self.sources = [(layout, layout.taker(names), source) for layout, source in sources]
-        self.ends = np.cumsum([_length(source) for _, source in sources])
+        self.sets = [(samples, samples.layout.taker(names)) for samples in sets]
+        self.ends = np.cumsum([len(samples) for samples in sets])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def fetch(self, indices: Tensor) -> Tensors:
-        """Loads observations by their number in the pool, cropped to the pattern."""
-        numbers = indices.numpy()
+    def shares(self, numbers: Numbers) -> Iterator[_Share]:
+        """Finds the data sets of observations that are given by their number in the pool."""
         owners = np.searchsorted(self.ends, numbers, side="right")
-        pieces: list[Tensors] = []
-        places: list[np.ndarray[Any, Any]] = []
-        for owner, (layout, take, source) in enumerate(self.sources):
-            place = np.flatnonzero(owners == owner)
-            if not len(place):
-                continue
-            start = 0 if owner == 0 else int(self.ends[owner - 1])
-            batch = _collate(source, torch.from_numpy(numbers[place] - start))
-            pieces.append(take(layout.read(batch)))
-            places.append(place)
-        if len(pieces) == 1:
-            return pieces[0]
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        columns = zip(*pieces, strict=True)
-        return tuple(torch.cat(column).index_select(0, order) for column in columns)
+        for owner, (samples, take) in enumerate(self.sets):
+            places = np.flatnonzero(owners == owner)
+            if len(places):
+                own = numbers[places] - (self.ends[owner] - len(samples))
+                alone = len(places) == len(numbers)
+                yield _Share(self.pattern, samples, take, own, places, alone)
 
 
 class _Task(NamedTuple):
     """A step to load: its seed, and the numbers of its observations in every pool."""
 
     seed: int
-    indices: list[Tensor]
+    indices: list[Numbers]  # a worker would be sent tensors as files of shared memory
 
 
 class _Tasks:
@@ -205,7 +267,7 @@ class _Tasks:
         self.sizes = sizes
 
     def __iter__(self) -> Iterator[_Task]:
-        epochs: list[tuple[int, Tensor]] = [(-1, torch.empty(0))] * len(self.sizes)
+        epochs: list[tuple[int, Numbers]] = [(-1, np.empty(0, np.int64))] * len(self.sizes)
         step = self.step
         while True:
             indices = []
@@ -213,7 +275,7 @@ class _Tasks:
                 epoch, offset = divmod(step, max(1, size // self.batch_size))
                 if epochs[i][0] != epoch:
                     rng = torch.Generator().manual_seed(_derived(self.seed, 0, i, epoch))
-                    epochs[i] = (epoch, torch.randperm(size, generator=rng))
+                    epochs[i] = (epoch, torch.randperm(size, generator=rng).numpy())
                 start = offset * self.batch_size
                 indices.append(epochs[i][1][start : start + self.batch_size])
             yield _Task(_derived(self.seed, 1, step), indices)
@@ -225,17 +287,33 @@ class _Steps:
 
     def __init__(self, pools: Sequence[_Pool]) -> None:
         self.pools = pools
-        sources = [source for pool in pools for _, _, source in pool.sources]
-        self.transforms = not all(isinstance(s, (Tensor, TensorDataset)) for s in sources)
+        self.transforms = any(s.columns is None for pool in pools for s, _ in pool.sets)
 
     def __getitem__(self, task: _Task) -> Observations:
+        wanted: dict[_Set, list[_Share]] = {}
+        pieces: dict[Pattern, list[_Piece]] = {pool.pattern: [] for pool in self.pools}
+        for pool, indices in zip(self.pools, task.indices, strict=True):
+            for share in pool.shares(indices):
+                wanted.setdefault(share.samples, []).append(share)
         with _seeded(task.seed) if self.transforms else nullcontext():
-            return Observations(
-                {
-                    pool.pattern: outward(tuple(map(_own, pool.fetch(indices))))
-                    for pool, indices in zip(self.pools, task.indices, strict=True)
-                }
-            )
+            # One data set after the other: what is loaded is read while the cache holds it.
+            for samples, shares in wanted.items():
+                for pattern, piece in samples.pieces(shares):
+                    pieces[pattern].append(piece)
+        return Observations({pattern: outward(_joined(p)) for pattern, p in pieces.items()})
+
+
+def _joined(pieces: list[_Piece]) -> Tensors:
+    """Puts pieces into their places in the batch."""
+    if len(pieces) == 1:
+        return tuple(map(_own, pieces[0].batch))
+    pieces.sort(key=lambda piece: piece.places[0])
+    batch = tuple(map(_cat, zip(*(piece.batch for piece in pieces), strict=True)))
+    order = list(chain.from_iterable(piece.places for piece in pieces))
+    if order == sorted(order):
+        return batch
+    index = torch.from_numpy(np.argsort(order))
+    return tuple(column.index_select(0, index.to(column.device)) for column in batch)
 
 
 @contextmanager
@@ -285,25 +363,31 @@ def _length(source: Source) -> int:
     return len(cast("Tensor", source))
 
 
-def _collate(source: Source, indices: Tensor) -> Batch:
-    if isinstance(source, Tensor):
-        return source.index_select(0, indices.to(source.device))
-    if isinstance(source, TensorDataset):
-        columns = tuple(t.index_select(0, indices.to(t.device)) for t in source.tensors)
-        return columns if len(columns) > 1 else columns[0]
-    if hasattr(source, "__getitems__"):
-        samples = source.__getitems__(indices.tolist())
-    else:
-        samples = [source[i] for i in indices.tolist()]
-    batch = default_collate(samples)
-    if isinstance(batch, (tuple, list)):
-        return tuple(cast("list[Array]", batch)) if len(batch) > 1 else cast(Array, batch[0])
-    return cast(Batch, batch)
+def _row(sample: Any) -> Any:
+    """Makes a batch of one sample, which shares its memory where it has any."""
+    if isinstance(sample, (Tensor, np.ndarray)):
+        return sample[None]
+    if (named := by_name(sample)) is not None:
+        return {name: _row(named[name]) for name in named}
+    if isinstance(sample, (tuple, list)):
+        return [_row(entry) for entry in sample]
+    return default_collate([sample])
+
+
+def _cat(pieces: Sequence[Tensor]) -> Tensor:
+    if all(len(piece) == 1 and piece.dtype == pieces[0].dtype for piece in pieces):
+        # In a worker, this joins them in memory that is shared already.
+        return cast(Tensor, default_collate([piece[0] for piece in pieces]))
+    return torch.cat(list(pieces))
 
 
 def _own(tensor: Tensor) -> Tensor:
     """Gives a crop memory of its own, so that a worker does not send what was cut away."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _as_it_is(observations: Any) -> Any:
+    return observations
 
 
 def _derived(*numbers: int) -> int:

@@ -192,6 +192,96 @@ def test_a_crop_does_not_hold_on_to_what_was_cut_away():
     assert all(crop.untyped_storage().nbytes() == crop.nbytes for crop in crops)
 
 
+class Counted(Dataset):
+    """Rows, and every call that asked for some."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.calls = []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.calls.append(index)
+        return self.rows[index]
+
+
+class CountedTogether(Counted):
+    def __getitems__(self, indices):
+        self.calls.append(indices)
+        return [self.rows[index] for index in indices]
+
+
+def test_an_observation_that_several_patterns_want_is_loaded_once_a_step():
+    # All of 8 whole observations are in every "joint", so those of "a" and "b" are among them.
+    whole = Counted(numbered(0, 8, 4))
+    datasets = {"joint": whole, "a": numbered(100, 8, 1), "b": numbered(200, 8, 2)}
+    stream = iter(ObservationLoader(datasets, PARTITION, 8, rng=seeded()))
+    cropped = 0
+    for _ in range(6):
+        whole.calls.clear()
+        real = next(stream)
+        assert sorted(whole.calls) == list(range(8))
+        cropped += int((real["a"] < 100).sum() + (real["b"][:, 0] < 200).sum())
+    assert cropped > 8
+
+
+def test_samples_are_asked_for_together_once_in_a_step():
+    whole, lone = (CountedTogether(numbered(100 * i, 40, c)) for i, c in enumerate((4, 1)))
+    stream = iter(ObservationLoader({"joint": whole, "a": lone}, PARTITION, 16, rng=seeded()))
+    for step in range(1, 7):
+        real = next(stream)
+        assert len(whole.calls) == len(lone.calls) == step
+        drawn = {*real["joint"][:, 0].tolist(), *real["a"][:, 0].tolist()}
+        assert sorted(whole.calls[-1] + [100 + i for i in lone.calls[-1]]) == sorted(drawn)
+
+
+FORMS = {
+    "mapping": lambda a, b: {"b": b.numpy(), "a": a},
+    "tuple": lambda a, b: (a, b.numpy()),
+    "list": lambda a, b: [a.numpy(), b],
+    "number": lambda a, b: {"a": a[0].item(), "b": b},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_of_every_form_give_what_tensors_give(form, workers):
+    fields = Partition.fields("a", "b")
+    a, b, lone = numbered(0, 24, 1), numbered(0, 24, 2), numbered(100, 24, 1)
+    samples = [FORMS[form](*row) for row in zip(a, b, strict=True)]
+    if form == "number":
+        a, lone = a[:, 0], lone[:, 0]
+    ours, plain = (
+        take(ObservationLoader({"joint": x, "a": y}, fields, 5, rng=seeded(), workers=w), 9)
+        for x, y, w in (
+            (Counted(samples), Counted(lone), workers),
+            (TensorDataset(a, b), lone, 0),
+        )
+    )
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one["a"], other["a"])
+        assert isinstance(one["joint"], tuple)  # which DataLoader would make a list
+        assert all(map(torch.equal, one["joint"], other["joint"]))
+
+
+def test_a_batch_is_not_the_memory_of_a_data_set():
+    whole = [torch.tensor([i]) for i in range(8)]
+    datasets = {"a": Counted(whole), "joint": numbered(100, 8, 4)}
+    for real in take(ObservationLoader(datasets, PARTITION, 1, rng=seeded()), 20):
+        real["a"].fill_(-1)
+    assert whole == list(range(8))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_two_data_sets_give_of_a_pattern_has_the_larger_dtype(workers):
+    datasets = {"joint": Counted(numbered(0, 8, 4)), "a": Counted(numbered(0, 8, 1) + 0.5)}
+    loader = ObservationLoader(datasets, PARTITION, 8, rng=seeded(), workers=workers)
+    drawn = torch.cat([real["a"] for real in take(loader, 12)])  # six epochs
+    assert sorted(drawn.flatten().tolist()) == [i / 2 for i in range(16) for _ in range(6)]
+
+
 def test_states_of_other_loaders_are_refused():
     loader = ObservationLoader({"a": numbered(0, 40, 1)}, PARTITION, 8)
     other = ObservationLoader({"a": numbered(0, 41, 1)}, PARTITION, 8)
