@@ -66,8 +66,9 @@ class Settings:
 
     model: Model = "factorgan"
     """gan-big has twice the filters in every layer of its discriminator, which makes it as large
-    as the four of factorgan together. factorgan-bounded is not in the paper: it keeps the outputs
-    of both dependencies within log n nats."""
+    as the four of factorgan together. Three are not in the paper: factorgan-bounded keeps the
+    outputs of both dependencies within log n nats, factorgan-anchored shows them the generator's
+    samples too, and factorgan-remainder has one network in place of both, given the marginals."""
     data: Name = "edges2shoes"
     paired: int | Literal["all"] = 100
     """The number n of complete samples."""

@@ -54,7 +54,14 @@ from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
 
-Model = Literal["gan", "cyclegan", "factorgan", "factorgan-bounded", "factorgan-anchored"]
+Model = Literal[
+    "gan",
+    "cyclegan",
+    "factorgan",
+    "factorgan-bounded",
+    "factorgan-anchored",
+    "factorgan-remainder",
+]
 MODELS: tuple[Model, ...] = ("gan", "cyclegan", "factorgan", "factorgan-bounded")
 PARTITION = Partition.fields("scene", "map")
 POOL = 50  # fakes that CycleGAN's discriminators remember
@@ -140,6 +147,8 @@ def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
         factorisation = Factorisation.flat(
             parts, assuming=[independent(*parts, under=source) for source in ("p", "q")]
         )
+    elif settings.model == "factorgan-remainder":
+        factorisation = Factorisation.remainder(parts, assuming=[shared("scene")])
     else:
         # Equation 4: the generator is given scenes, so p and q agree on them.
         factorisation = Factorisation.flat(parts, assuming=[shared("scene")])

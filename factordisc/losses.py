@@ -252,7 +252,7 @@ class DiscriminatorLoss(nn.Module):
         if torch.compiler.is_compiling():
             # Not a decorator: that would import the compiler with this package.
             draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
-        rows = draw(real, fake, generated=report)
+        rows = draw(real, fake, generated=True) if report else draw(real, fake)
         # By its public name: users replace it by a compiled one.
         if report:
             loss, reports = self.cost(rows, report=True)

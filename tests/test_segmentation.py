@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_the_models_have_the_terms_and_the_parameters_of_the_paper():
     assert count(segmentation.make_generator(Settings("cyclegan"))) == 2 * unet
 
 
-@pytest.mark.parametrize("model", segmentation.MODELS)
+@pytest.mark.parametrize("model", get_args(segmentation.Model))
 def test_discriminators_take_scene_and_map_and_generators_give_images(model):
     torch.manual_seed(0)
     settings = Settings(model, **SMALL)

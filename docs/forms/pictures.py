@@ -23,6 +23,7 @@ def a_sum_of_ones_own() -> Factorisation:
 FORMS = {
     "joint": Factorisation.joint(["top", "bottom"]),
     "flat": Factorisation.flat(["top", "bottom"]),
+    "remainder": Factorisation.remainder(["top", "bottom"]),
     "conditional": Factorisation.flat(["scene", "map"], assuming=[shared("scene")]),
     "independent": Factorisation.flat(
         ["voice", "drums", "bass"],

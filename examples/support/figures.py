@@ -26,6 +26,8 @@ COLOURS = {
     "factorgan-no-cp": "#56B4E9",
     "factorgan": "#0072B2",
     "factorgan-bounded": "#56B4E9",
+    "factorgan-anchored": "#CC79A7",
+    "factorgan-remainder": "#000000",
 }
 
 

@@ -18,6 +18,8 @@ LABELS = {
     "cyclegan": "CycleGAN",
     "factorgan": "FactorGAN",
     "factorgan-bounded": "FactorGAN, bounded",
+    "factorgan-anchored": "FactorGAN, anchored",
+    "factorgan-remainder": "FactorGAN, remainder",
 }
 
 # By the key of a score: its name in examples/published/, and the label of its axis.
