@@ -388,6 +388,11 @@ class DiscriminatorLoss(nn.Module):
                 sides = shifted[: rows[first].number]
             loss = self._losses(sides)
             if first in self.anchors:
+                if own is None and len(blocks) == len(sides):
+                    raise ValueError(
+                        f"The anchor of term {first!r} expects the generator's rows in `rows`, "
+                        "but got none: draw them with a criterion that has this anchor."
+                    )
                 loss = loss + self.anchors[first] * self._losses((at, at))
             weight = None
             if any([name in weights for name in names]):

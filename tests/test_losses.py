@@ -443,6 +443,13 @@ def test_anchors_of_all_dependencies_of_a_form(form):
     assert all(bool((p.grad != 0).any()) for p in d.parameters())
 
 
+def test_rows_that_were_drawn_without_an_anchor_are_refused():
+    d = make()
+    rows = DiscriminatorLoss(d).rows(torch.randn(8, 5), torch.randn(8, 5))
+    with pytest.raises(ValueError, match="anchor of term 'p_dependency' expects the generator's"):
+        DiscriminatorLoss(d, anchor=0.1).cost(rows)
+
+
 def test_an_anchored_cost_is_one_graph():
     torch._dynamo.reset()
     criterion = DiscriminatorLoss(make(), anchor=0.1)
