@@ -162,7 +162,7 @@ def calls_of_rows():
 
 
 class Chain:
-    """A Markov chain of 50 steps: 148 terms, five networks."""
+    """A Markov chain of 50 steps: 148 terms, three networks."""
 
     STEPS, WIDTH = 50, 4
 
