@@ -126,6 +126,28 @@ def test_every_public_name_stands_in_the_api() -> None:
     assert documented == set(factordisc.__all__)
 
 
+def test_the_design_lists_every_module_below_those_that_it_imports() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    listed: dict[str, str] = {}
+    wing = ""
+    for heading, module in re.findall(r"^(?:(\w[\w ]+):|- `(\w+)`: .*)$", design, re.MULTILINE):
+        wing = heading or wing
+        if module:
+            listed[module] = wing
+    files = {path.stem: path for path in (ROOT / "factordisc").glob("[!_]*.py")}
+    assert set(listed) == set(files)
+    order = list(listed)
+    for module, path in files.items():
+        text = path.read_text(encoding="utf-8")
+        imported = re.findall(r"^from factordisc\.(\w+) import", text, re.MULTILINE)
+        for several in re.findall(r"^from factordisc import (.+)$", text, re.MULTILINE):
+            imported += several.split(", ")
+        for other in imported:
+            assert order.index(other) < order.index(module), f"{module} imports {other}"
+            wings = {listed[other], listed[module]}
+            assert wings != {"Tensors", "Algebra"}, f"{module} imports {other}"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_to_files_of_the_repository_exist(path: Path) -> None:
     page = FENCE.sub("", path.read_text(encoding="utf-8"))
