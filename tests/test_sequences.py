@@ -10,8 +10,13 @@ import pytest
 import torch
 
 import sequences
-from factordisc import DiscriminatorLoss, Factorisation, FactorisedDiscriminator, Partition
-from factordisc.sampling import Observations
+from factordisc import (
+    DiscriminatorLoss,
+    Factorisation,
+    FactorisedDiscriminator,
+    Observations,
+    Partition,
+)
 from support import recurrent, series
 
 

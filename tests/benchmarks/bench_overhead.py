@@ -254,7 +254,7 @@ def test_stack(benchmark, width, way):
     benchmark(Marginals.both(width)[way])
 
 
-def stacking(width, rounds=12):
+def stacking(width, rounds=24):
     """Medians of both ways, in microseconds."""
     times = take_turns(Marginals.both(width), 4, rounds)
     return {name: statistics.median(each) for name, each in times.items()}
