@@ -4,6 +4,7 @@ Stoller, Ewert and Dixon, "Training Generative Adversarial Networks from Incompl
 using Factorised Discriminators", ICLR 2020, https://arxiv.org/abs/1905.12660
 """
 
+from factordisc import diagnostics
 from factordisc.data import ObservationLoader
 from factordisc.densities import Density, Ratio, independent, markov, shared
 from factordisc.discriminator import FactorisedDiscriminator
@@ -30,6 +31,7 @@ __all__ = [
     "Observations",
     "Partition",
     "Ratio",
+    "diagnostics",
     "generator_loss",
     "independent",
     "markov",

@@ -119,6 +119,12 @@ class Ratio:
         return above + below + (f" − ({', '.join(self.given)})" if self.given else "")
 
 
+def is_dependency(term: Ratio) -> bool:
+    """Whether a term compares rows of one source with its blocks apart."""
+    densities = (*term.numerator, *term.denominator)
+    return len(densities) > 2 and len({density.source for density in densities}) == 1
+
+
 class Assumption(Protocol):
     """What is known about p and q; a relation between log densities, as a rewriting rule."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from factordisc.densities import Ratio
+from factordisc.densities import Ratio, is_dependency
 from factordisc.discriminator import FactorisedDiscriminator, TermBatches
 from factordisc.layouts import Batch, Tensors, outward
 from factordisc.observations import Observations
@@ -488,7 +488,7 @@ def _own_side(term: Ratio) -> int | None:
 
 def _anchors(terms: Sequence[Ratio], anchor: float | Mapping[str, float]) -> dict[str, float]:
     """Checks the anchors; returns those that are not zero, by term."""
-    dependencies = [term.name for term in terms if _is_dependency(term)]
+    dependencies = [term.name for term in terms if is_dependency(term)]
     given = anchor if isinstance(anchor, Mapping) else dict.fromkeys(dependencies, anchor)
     for name, value in given.items():
         if name not in dependencies:
@@ -503,11 +503,6 @@ def _anchors(terms: Sequence[Ratio], anchor: float | Mapping[str, float]) -> dic
                 f"The anchor of term {name!r} is finite and at least 0, but got {value}."
             )
     return {name: float(value) for name, value in given.items() if value}
-
-
-def _is_dependency(term: Ratio) -> bool:
-    densities = (*term.numerator, *term.denominator)
-    return len(densities) > 2 and len({density.source for density in densities}) == 1
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
