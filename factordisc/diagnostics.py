@@ -84,8 +84,11 @@ class TermDiagnosis:
         outputs = torch.cat([self.held_out, self.others]).double()
         real = torch.cat([torch.ones(len(self.held_out)), torch.zeros(len(self.others))]).double()
         weight = torch.where(real > 0, 0.5 / len(self.held_out), 0.5 / len(self.others)).double()
-        order = outputs.argsort()
-        edges = weight[order].cumsum(0).mul(bins).sub(1e-9).floor().clamp(0, bins - 1).long()
+        ranked, order = outputs.sort()
+        # Rows of one value share a bin: the one in which the last of them lies.
+        last = torch.searchsorted(ranked, ranked, right=True) - 1
+        heavy = weight[order].cumsum(0)[last].mul(bins).sub(1e-9)
+        edges = heavy.floor().clamp(0, bins - 1).long()
         sums = torch.zeros(3, bins, dtype=torch.float64)
         for row, values in enumerate((outputs.sigmoid() * weight, real * weight, weight)):
             sums[row].index_add_(0, edges, values[order])
@@ -96,7 +99,8 @@ class TermDiagnosis:
     def calibration_error(self) -> float:
         """The mean distance of predicted probabilities from observed shares, over the bins."""
         predicted, observed, weight = self.reliability()
-        return float(((predicted - observed).abs() * weight).nansum()) if len(weight) else math.nan
+        filled = weight > 0  # NaN where nothing is known, so not filled either
+        return float(((predicted - observed).abs() * weight)[filled].sum() / weight[filled].sum())
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,7 @@ class FactorisedDiscriminator(nn.Module):
             self._takes[name] = layout.taker(parts)
             self._layouts[name] = layout.restrict(parts)
         # A first layer that works in place would change what other networks and the user see.
-        self._in_place = {
-            name
-            for name, network in self.networks.items()
-            if any(getattr(module, "inplace", False) is True for module in network.modules())
-        }
+        self._in_place = {n for n, network in self.networks.items() if _works_in_place(network)}
         self._signs = {name: term.sign for name, term in self._terms.items() if term.sign}
         # By term that is given others: how to take their parts from its own, and their signs.
         self._given = {
@@ -426,6 +422,17 @@ class FactorisedDiscriminator(nn.Module):
             lines.append(f"  ({name}): {count:,} parameters, {inner}")
         total = sum(parameter.numel() for parameter in self.parameters())
         return "\n".join([*lines, f"  {total:,} parameters in all", ")"])
+
+
+def _works_in_place(network: nn.Module) -> bool:
+    """Whether a network may overwrite its input, as far as its modules say."""
+    first = network
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    # What such a layer returns is memory of its own.
+    if first is not network and isinstance(first, (nn.Linear, nn.modules.conv._ConvNd)):
+        return False
+    return any(getattr(module, "inplace", False) is True for module in network.modules())
 
 
 def _sum(values: list[Tensor]) -> Tensor | None:

@@ -132,8 +132,8 @@ class DiscriminatorLoss(nn.Module):
 
     It works in three stages. `rows` draws the rows of every term: all randomness, everything
     about missing data, and nothing else. `cost` is networks and arithmetic of a fixed structure:
-    one graph for `torch.compile`, whatever a step lacks. `penalty` is what differentiates twice,
-    which a compiled graph cannot. Calling the module does all three.
+    for batches of one size one graph for `torch.compile`, whatever a step lacks. `penalty` is
+    what differentiates twice, which a compiled graph cannot. Calling the module does all three.
 
     A term that lacks data in a step is evaluated on the generator's rows with weight zero: it
     costs nothing, whatever its network makes of them, its buffers stay, and its parameters get
@@ -245,8 +245,8 @@ class DiscriminatorLoss(nn.Module):
             The loss, a scalar in nats; with `report` also a `TermReport` by term.
 
         Raises:
-            ValueError: If a batch does not fit the partition or is too small to combine rows
-                of; with `check_finite` if it holds NaN or infinite values.
+            ValueError: If a batch does not fit the partition, or a part differs in dtype or
+                device between batches; with `check_finite` if a batch holds NaN or infinity.
         """
         draw = self.rows
         if torch.compiler.is_compiling():
@@ -372,7 +372,9 @@ class DiscriminatorLoss(nn.Module):
         # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
         groups: dict[object, list[str]] = {}
         for name, term in rows.items():
-            alike = (*term.sizes, self.anchors.get(name), self._own[name])
+            # An anchor or a report also asks for the side that is the generator's.
+            own = self._own[name] if report or name in self.anchors else None
+            alike = (*term.sizes, self.anchors.get(name), own)
             alone = compiling or name in offsets
             groups.setdefault(name if alone else alike, []).append(name)
         losses: list[Tensor] = []

@@ -39,7 +39,8 @@ class GradientPenalty:
             rows, or at the "generated" rows of the term's parts, where the generator asks it.
         weight: The weight w.
         target: The norm t that costs nothing.
-        every: Apply it in each k-th step only, with k times the weight.
+        every: Apply it in each k-th step only, with k times the weight. Steps are counted from
+            where the object was made: a resumed run starts a new count.
 
     Raises:
         ValueError: If `at` is unknown, or a number is negative or not finite, or `every` below 1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class Stack(nn.Module):
             self.register_buffer(f"buffer_{i}", torch.stack(buffers))
         # Not a submodule: it lends its structure, and its own tensors are never used.
         self._template = (copy.deepcopy(first).to("meta"),)
+        self._chosen: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
         self._is_dense = isinstance(first, nn.Sequential) and all(
             type(layer) in (nn.Linear, *_ENTRYWISE) for layer in first
         )
@@ -84,7 +85,7 @@ class Stack(nn.Module):
             self._iterate(template)
         tensors = self.stacked()
         if len(rows) < len(next(iter(tensors.values()))):
-            chosen = torch.tensor(rows, device=arguments[0].device)
+            chosen = self._numbers(tuple(rows), arguments[0].device)
             tensors = {name: tensor.index_select(0, chosen) for name, tensor in tensors.items()}
         if gate is not None:
             tensors = {name: gated(tensor, gate) for name, tensor in tensors.items()}
@@ -92,6 +93,14 @@ class Stack(nn.Module):
             return _dense(template, tensors, arguments[0])
         call = partial(torch.func.functional_call, template)
         return torch.vmap(call, randomness="different")(tensors, arguments)
+
+    def _numbers(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():  # what a graph makes is not kept: a side effect
+            return torch.tensor(rows, device=device)
+        key = (rows, device)
+        if key not in self._chosen:
+            self._chosen[key] = torch.tensor(rows, device=device)
+        return self._chosen[key]
 
     @torch.no_grad()
     def _iterate(self, template: nn.Module) -> None:
@@ -116,9 +125,9 @@ class Stack(nn.Module):
 
 def _dense(template: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Evaluates multi-layer perceptrons: half the time that torch.vmap takes for them."""
-    for name, layer in template.named_children():
+    for name, layer in template._modules.items():  # one activation may stand in several places
         if not isinstance(layer, nn.Linear):
-            x = layer(x)
+            x = cast(nn.Module, layer)(x)
         elif layer.bias is None:
             x = torch.bmm(x, tensors[f"{name}.weight"].mT)
         else:

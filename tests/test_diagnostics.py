@@ -56,7 +56,7 @@ def pairs(number, rho):
 
 def made(**functions):
     def nothing(x):
-        return 0.1 * x[:, 0]
+        return 0.01 * x[:, 0]
 
     chosen = {"p_dependency": log_c(0.8), "q_dependency": log_c(0.3)} | functions
     networks = {name: Fixed(chosen.get(name, nothing)) for name in NAMES}
@@ -65,7 +65,10 @@ def made(**functions):
 
 def found(d, training=None, held_out=None, fake=None):
     defaults = (pairs(500, 0.8), pairs(500, 0.8), pairs(500, 0.3))
-    given = [x if x is not None else y for x, y in zip((training, held_out, fake), defaults)]
+    given = [
+        x if x is not None else y
+        for x, y in zip((training, held_out, fake), defaults, strict=True)
+    ]
     diagnosis = diagnostics.diagnose(d, *given)
     return diagnosis, {(finding.name, finding.term) for finding in diagnosis.findings}
 
@@ -102,7 +105,8 @@ def test_a_learned_dependency_has_the_total_correlation_of_gaussians():
     d = FactorisedDiscriminator(PARTS, Factorisation.flat(["a", "b"]), networks)
     criterion = DiscriminatorLoss(d)
     optimiser = torch.optim.Adam(d.parameters(), 0.03)
-    for _ in range(600):
+    for step in range(800):
+        optimiser.param_groups[0]["lr"] = 0.03 if step < 500 else 0.003
         optimiser.zero_grad()
         criterion(pairs(1000, 0.8), pairs(1000, 0.3)).backward()
         optimiser.step()
@@ -123,10 +127,11 @@ def test_accuracy_divergence_and_calibration_against_direct_computation():
     assert lost.calibration_error == pytest.approx(
         torch.tensor(9.0).sigmoid().item() - 0.5, abs=1e-6
     )
-    predicted, observed, weight = lost.reliability(5)
-    assert_close(weight, torch.full((5,), 0.2), rtol=0.0, atol=0.03)
-    assert bool((predicted > 0.99).all())
-    assert observed.mean().item() == pytest.approx(0.5, abs=0.3)
+    spread = diagnostics.TermDiagnosis(None, torch.randn(500) + 1, torch.randn(900) - 1, below)
+    predicted, observed, weight = spread.reliability(5)
+    assert_close(weight, torch.full((5,), 0.2), rtol=0.0, atol=0.01)
+    assert bool((predicted.diff() > 0).all())
+    assert bool((observed.diff() > 0).all())
 
 
 FAULTS = {

@@ -365,6 +365,18 @@ def test_networks_that_work_in_place_change_nothing_that_others_see(separate):
     assert_close(x, before, rtol=0.0, atol=0.0)
 
 
+def test_only_a_network_that_may_overwrite_its_input_gets_a_copy():
+    late = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 1))
+    viewed = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(2, 1))
+    x, seen = torch.randn(N, 2), []
+    for network, copied in ((late, False), (viewed, True), (in_place(), True)):
+        network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].data_ptr()))
+        before = x.clone()
+        with_a(network).term("a", x)
+        assert (seen[-1] != x.data_ptr()) == copied
+        assert_close(x, before, rtol=0.0, atol=0.0)
+
+
 def test_a_change_in_place_that_nobody_announced_is_found():
     d, x = with_a(Returns(lambda a: a.mul_(2).sum(1))), torch.randn(N, 5)
     with pytest.raises(ValueError, match=r"term 'a' changes its input in place.*torch\.clone"):

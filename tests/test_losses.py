@@ -811,6 +811,7 @@ def distributed_step(rank, directory):
     loss, report = wrapped(*data_of(rank), report=True)
     loss.backward()  # while `wrapped` lives: it owns the hooks that reduce
     torch.save((gradients(criterion), report["p_dependency"].loss), f"{directory}/{rank}.pt")
+    dist.barrier()  # gloo may abort a process whose partner is gone
     dist.destroy_process_group()
 
 

@@ -39,6 +39,11 @@ def no_bias(width):
     return nn.Sequential(nn.Linear(width, 4, bias=False), nn.Tanh(), nn.Linear(4, 1))
 
 
+def one_activation(width):
+    act = nn.Tanh()
+    return nn.Sequential(nn.Linear(width, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 1))
+
+
 class Nested(nn.Module):
     """What torch.vmap evaluates."""
 
@@ -80,7 +85,7 @@ def real():
     return Observations(joint=x, x1=torch.randn(9, WIDTH), x3=torch.randn(9, WIDTH))
 
 
-@pytest.mark.parametrize("make", [mlp, no_bias, Nested, normalised, conv])
+@pytest.mark.parametrize("make", [mlp, no_bias, one_activation, Nested, normalised, conv])
 def test_training_ends_where_it_does_without(make):
     stacked, plain = pair(make)
     generator = torch.randn(N, K * WIDTH)
