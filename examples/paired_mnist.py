@@ -42,8 +42,8 @@ from support.results import environment, read_rows, table, write_json
 from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 
-Model = Literal["gan", "factorgan-no-cp", "factorgan"]
-MODELS: tuple[Model, ...] = ("gan", "factorgan-no-cp", "factorgan")
+Model = Literal["gan", "factorgan-no-cp", "factorgan", "factorgan-anchored", "factorgan-remainder"]
+MODELS: tuple[Model, ...] = ("gan", "factorgan-no-cp", "factorgan")  # of the paper
 NOISE = 50  # uniform in [-1, 1]
 WIDTH = 128
 COLUMNS = {
@@ -93,6 +93,7 @@ CPU = Settings(updates=10_000, batch_size=64, learning_rate=5e-4, scorings=20)
 # At a constant learning rate FID jumps by a fifth from one update to the next; averaging the
 # generator's weights takes that noise out of the comparison.
 DEMO = replace(CPU, data="digits", paired=50, updates=4000, scorings=8, average=0.998)
+ANCHOR = 0.1  # of factorgan-anchored
 SMOKE = {"updates": 20, "scorings": 2, "scored": 500}
 
 
@@ -126,7 +127,9 @@ def make_discriminator(model: Model, size: int) -> FactorisedDiscriminator:
     partition = Partition({"top": size, "bottom": size}, dim=1)
     if model == "gan":
         factorisation = Factorisation.joint(partition.names)
-    elif model == "factorgan":
+    elif model == "factorgan-remainder":
+        factorisation = Factorisation.remainder(partition.names)
+    elif model != "factorgan-no-cp":
         factorisation = Factorisation.flat(partition.names)
     else:
         factorisation = Factorisation.flat(
@@ -236,6 +239,7 @@ def make_training(settings: Settings, train: Digits, machine: Machine) -> Traini
         settings.seed,
         machine,
         settings.average,
+        anchor=ANCHOR if settings.model == "factorgan-anchored" else 0.0,
     )
 
 
