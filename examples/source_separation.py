@@ -65,7 +65,9 @@ from support.sweeps import sweep as run_all
 from support.training import Machine, Run, Training, load_checkpoint, uniform_noise
 from support.unet import UNet
 
-Model = Literal["gan", "factorgan", "factorgan-bounded"]
+Model = Literal[
+    "gan", "factorgan", "factorgan-bounded", "factorgan-anchored", "factorgan-remainder"
+]
 MODELS: tuple[Model, ...] = ("gan", "factorgan")  # of the paper
 # The generator divides the mixture exactly, so that the mixture tells nothing that the
 # sources do not: the assumption that turns the flat form into equation 6.
@@ -77,8 +79,9 @@ class Settings:
     """One training run. The defaults are the paper's recipe."""
 
     model: Model = "factorgan"
-    """factorgan-bounded is not in the paper: the outputs of its dependency networks stay between
-    plus and minus the logarithm of the number of paired songs."""
+    """Three are not in the paper: factorgan-bounded keeps the outputs of its dependencies within the
+    logarithm of the number of paired songs, factorgan-anchored shows them the generator's samples
+    too, and factorgan-remainder has one network in place of both, given the marginals."""
     paired: int = 10
     """The number of songs whose sources are known together."""
     seed: int = 0
@@ -91,6 +94,9 @@ class Settings:
     """Of Adam, with betas (0.5, 0.999)."""
     discriminator_updates: int = 2
     """Updates of the discriminators for each of the generator."""
+    anchor: float = 0.1
+    """Of factorgan-anchored: the weight of the generator's samples on both sides of the
+    dependencies."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     filters: int = 32
@@ -123,7 +129,8 @@ def make_partition() -> Partition:
 def make_discriminator(settings: Settings) -> FactorisedDiscriminator:
     """The models differ in nothing but their factorisation; the networks are those of Table 5."""
     partition = make_partition()
-    form = Factorisation.joint if settings.model == "gan" else Factorisation.flat
+    forms = {"gan": Factorisation.joint, "factorgan-remainder": Factorisation.remainder}
+    form = forms.get(settings.model, Factorisation.flat)
     factorisation = form(partition.names, assuming=[MASKED])
     networks = {
         term.name: make_critic((len(term.parts), BINS, FRAMES), settings.filters)
@@ -223,6 +230,7 @@ def make_training(
         settings.seed,
         machine,
         settings.average,
+        anchor=settings.anchor if settings.model == "factorgan-anchored" else 0.0,
     )
 
 
