@@ -79,9 +79,9 @@ class Settings:
     """One training run. The defaults are the paper's recipe."""
 
     model: Model = "factorgan"
-    """Three are not in the paper: factorgan-bounded keeps the outputs of its dependencies within the
-    logarithm of the number of paired songs, factorgan-anchored shows them the generator's samples
-    too, and factorgan-remainder has one network in place of both, given the marginals."""
+    """Three are not in the paper: factorgan-bounded keeps the outputs of its dependencies within
+    the logarithm of the number of paired songs, factorgan-anchored shows them the generator's
+    samples too, and factorgan-remainder has one network in place of both, given the marginals."""
     paired: int = 10
     """The number of songs whose sources are known together."""
     seed: int = 0
