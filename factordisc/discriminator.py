@@ -26,6 +26,7 @@ ToInputs: TypeAlias = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
 _HALF = (torch.float16, torch.bfloat16)
+_NO_LOGITS = (nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.LogSoftmax)
 _OF_SPECTRAL_NORM = ("._u", "._v", "weight_u", "weight_v")
 
 
@@ -117,6 +118,11 @@ class FactorisedDiscriminator(nn.Module):
                     "pass `marginals`, `p_dependency` and `q_dependency` instead."
                 )
             factorisation = Factorisation.flat(partition.names, assuming)
+            for name in marginals or ():
+                if name in flat:
+                    raise ValueError(
+                        f"`marginals` names {name!r}, which is no part. Pass {name}=... instead."
+                    )
             networks = {
                 **(marginals or {}),
                 **{name: network for name, network in flat.items() if network is not None},
@@ -147,11 +153,11 @@ class FactorisedDiscriminator(nn.Module):
                 "A term that is given others learns with their sum as an offset of its logit, "
                 f"which Logistic() can do, but the objective is {self.objective!r}."
             )
-        self._check_networks(networks or {})
-        self.networks = nn.ModuleDict({name: (networks or {})[name] for name in self._terms})
         if not isinstance(logit, Mapping):
             logit = {} if logit is None else dict.fromkeys(self._terms, logit)
         self._logits = self._checked_callables(logit, "logit")
+        self._check_networks(networks or {})
+        self.networks = nn.ModuleDict({name: (networks or {})[name] for name in self._terms})
         self._inputs = self._checked_callables(inputs or {}, "inputs")
         layout = partition._layout
         # Known from now on: how the parts of every term are taken, and how rows of them lie.
@@ -329,20 +335,42 @@ class FactorisedDiscriminator(nn.Module):
         """Evaluates a network on a batch, without effect where the weight is 0."""
         if name in self._in_place:
             arguments = tuple([argument.clone() for argument in arguments])
-        if weight is None:
-            output = network(*arguments)
+        if torch.compiler.is_compiling():  # where exceptions are the compiler's
+            output = self._called(network, arguments, weight)
         else:
-            output = muted(network, arguments, weight)
+            try:
+                output = self._called(network, arguments, weight)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise self._told(error, name, arguments) from error
         return self._logit(name, output, arguments[0].shape[0])
+
+    @staticmethod
+    def _called(network: nn.Module, arguments: Tensors, weight: Tensor | None) -> Any:
+        return network(*arguments) if weight is None else muted(network, arguments, weight)
+
+    def _told(self, error: Exception, name: str, arguments: Tensors) -> Exception:
+        """The same kind of exception, with the term that it comes from."""
+        given = ", ".join(f"{tuple(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in arguments)
+        message = (
+            f"In the network of term {name!r}, on {given}: {error} (A criterion gives the sides "
+            "of a term in one pass; separate_batches=True takes two.)"
+        )
+        try:
+            return type(error)(message)
+        except Exception:  # kinds with constructors of their own
+            return RuntimeError(message)
 
     def _logit(self, name: str, output: Any, rows: int) -> Tensor:
         """Makes one logit per row of what a network returned."""
         if name in self._logits:
             output = self._logits[name](output)
-        if not isinstance(output, Tensor) or output.shape not in (
-            (rows, 1),
-            (rows,),
-            (rows, 1, 1, 1),
+        shapes = ((rows, 1), (rows,), (rows, 1, 1, 1))
+        if (
+            not isinstance(output, Tensor)
+            or output.shape not in shapes
+            or not output.is_floating_point()
         ):
             raise self._no_logit(name, output, rows)
         flat = output if output.dim() == 1 else output.reshape(rows)
@@ -356,6 +384,12 @@ class FactorisedDiscriminator(nn.Module):
                 f"`inputs` of term {name!r} returns a tensor or a tuple of tensors, "
                 f"but it returned a {kind(changed)}."
             )
+        rows, lengths = arguments[0].shape[0], [argument.shape[:1] for argument in replaced]
+        if any(length != (rows,) for length in lengths):
+            raise ValueError(
+                f"`inputs` of term {name!r} keeps the {rows} rows that it gets, "
+                f"but it returned {', '.join(str(tuple(a.shape)) for a in replaced)}."
+            )
         return replaced
 
     def _no_logit(self, name: str, output: object, rows: int) -> Exception:
@@ -365,6 +399,13 @@ class FactorisedDiscriminator(nn.Module):
             return TypeError(
                 f"{expects}, but returned a {kind(output)}{converted}. Pass logit={{{name!r}: "
                 "lambda output: output[0]}, or whatever extracts the logit from it."
+            )
+        if not output.is_floating_point():
+            return ValueError(f"{expects}, a real number, but returned {output.dtype}{converted}.")
+        if output.shape == (rows, 2):
+            return ValueError(
+                f"{expects}, but returned {tuple(output.shape)}{converted}. Of two classes the "
+                f"logit is their difference: logit={{{name!r}: lambda y: y[:, 1] - y[:, 0]}}."
             )
         return ValueError(
             f"{expects}, with shape ({rows},) or ({rows}, 1), but returned {tuple(output.shape)}"
@@ -387,6 +428,13 @@ class FactorisedDiscriminator(nn.Module):
             if not isinstance(networks[name], nn.Module):
                 raise TypeError(
                     f"The network of term {name!r} is an nn.Module, but got {networks[name]!r}."
+                )
+            last = list(networks[name].modules())[-1]
+            if isinstance(last, _NO_LOGITS) and name not in self._logits:
+                raise ValueError(
+                    f"The network of term {name!r} ends in {last}, so it gives no logit and its "
+                    "log ratios would be wrong. Leave that layer out: the losses apply it "
+                    f"themselves. Or undo it: logit={{{name!r}: torch.logit}} for a Sigmoid."
                 )
 
     def _checked_callables(self, callables: Mapping[str, Any], what: str) -> dict[str, Any]:

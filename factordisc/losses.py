@@ -236,7 +236,8 @@ class DiscriminatorLoss(nn.Module):
         """Draws the rows of all terms and returns what they cost.
 
         Args:
-            real: What the step has of real data, or a batch of whole observations.
+            real: What the step has of real data, or a batch of whole observations; a mapping only
+                as `Observations`, which say whether its parts were seen together.
             fake: A batch of whole observations from the generator. It is detached. A
                 conditional generator's includes the input that it was given.
             report: Also return how every term did, from the same pass.
@@ -284,6 +285,12 @@ class DiscriminatorLoss(nn.Module):
             anchor.
         """
         labels = {"p": "`real`", "q": "`fake`"}
+        if real is None or (isinstance(real, Mapping) and not isinstance(real, Observations)):
+            raise TypeError(
+                f"`real` expects Observations or a batch of whole observations, but got "
+                f"{'None' if real is None else 'a mapping'}. Say what was seen together: "
+                "Observations(joint=...) of complete rows, Observations(a=..., b=...) of parts."
+            )
         step = Step(self.sampler, {"p": real, "q": fake}, labels, detach)
         if self.check_finite:
             self._check_finite(step)

@@ -150,10 +150,12 @@ class Partition:
                     f"but got {len(box)}."
                 )
             ranges = [range(*s.indices(size)) for s, size in zip(box, shape, strict=True)]
-            if any(r.step != 1 or not len(r) for r in ranges):
+            ends = [s.stop for s in box]
+            beyond = any(e is not None and e > n for e, n in zip(ends, shape, strict=True))
+            if beyond or any(r.step != 1 or not len(r) for r in ranges):
                 raise ValueError(
-                    f"Part {name!r} expects slices of step 1 that are not empty within {shape}, "
-                    f"but got {tuple(box)}."
+                    f"Part {name!r} expects slices of step 1 that are not empty and lie within "
+                    f"{shape}, but got {tuple(box)}."
                 )
             spans[name] = tuple((r.start, r.stop) for r in ranges)
         return cls(_at_least_two(Boxes.covering(spans, shape)))

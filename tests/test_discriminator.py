@@ -212,12 +212,87 @@ def test_one_logit_per_observation_is_accepted(shape):
     assert d(x).shape == (N,)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, N), (N, 2), (N, 1, 1), (N, 1, 3, 3), (N + 1, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, N), (N, 3), (N, 1, 1), (N, 1, 3, 3), (N + 1, 1)])
 def test_other_shapes_are_refused_with_what_to_pass(shape):
     d = with_a(Returns(lambda a: a.new_zeros(shape)))
     says = re.escape(f"returned {shape}. Pass logit={{'a': lambda y: y.flatten(1).mean(1)}}")
     with pytest.raises(ValueError, match=says):
         d(torch.randn(N, 5))
+
+
+def test_of_two_classes_the_difference_is_advised():
+    d = with_a(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"\(5, 2\).*logit=\{'a': lambda y: y\[:, 1\] - y\[:, 0\]\}"
+    ):
+        d(torch.randn(N, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
+def test_outputs_that_are_no_real_numbers_are_refused(dtype):
+    d = with_a(Returns(lambda a: torch.ones(len(a)).to(dtype)))
+    with pytest.raises(ValueError, match=rf"a real number, but returned {dtype}"):
+        d(torch.randn(N, 5))
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.LogSigmoid(), nn.Softmax(1)])
+def test_a_network_that_gives_probabilities_is_refused(last):
+    network = nn.Sequential(nn.Linear(2, 1), last)
+    with pytest.raises(ValueError, match=r"term 'a' ends in .*gives no logit.*logit=\{'a': torch"):
+        with_a(network)
+    undone = with_a(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()), logit={"a": torch.logit})
+    x = torch.randn(N, 5)
+    assert_close(undone.terms(x)["a"], undone.networks["a"][0](x[:, :2])[:, 0])
+
+
+def test_inputs_keep_the_number_of_rows():
+    d = with_a(nn.Linear(2, 1), inputs={"a": lambda a: a[:1]})
+    with pytest.raises(ValueError, match=r"`inputs` of term 'a' keeps the 5 rows .*\(1, 2\)"):
+        d(torch.randn(N, 5))
+
+
+def test_a_dependency_among_the_marginals_is_refused():
+    one = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="`marginals` names 'p_dependency', which is no part"):
+        FactorisedDiscriminator(
+            PARTS,
+            marginals={"a": one, "b": nn.Linear(3, 1), "p_dependency": nn.Linear(5, 1)},
+            p_dependency=nn.Linear(5, 1),
+            q_dependency=nn.Linear(5, 1),
+        )
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(one, two)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [(RuntimeError("no"), RuntimeError), (KeyError("no"), KeyError), (Odd(1, 2), RuntimeError)],
+)
+def test_what_happens_in_a_network_is_told_with_its_term(raised, kind):
+    def fail(_):
+        raise raised
+
+    d = with_a(Returns(fail))
+    with pytest.raises(
+        kind, match=r"In the network of term 'a', on \(5, 2\) float64 cpu: "
+    ) as error:
+        d(torch.randn(N, 5))
+    assert error.value.__cause__ is raised
+    with pytest.raises(
+        RuntimeError, match=r"term 'b', on \(5, 3\) float64 cpu: mat1 and mat2 shapes"
+    ):
+        make(networks=linears(b=nn.Linear(4, 1)))(torch.randn(N, 5))
+
+
+def test_being_out_of_memory_is_told_as_it_is():
+    def fail(_):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
+        with_a(Returns(fail))(torch.randn(N, 5))
 
 
 def test_other_kinds_are_refused_with_what_to_pass():

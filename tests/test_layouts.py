@@ -223,6 +223,7 @@ FULL = slice(None)
         ({"a": (FULL,), "b": (FULL,)}, (4, 4), ValueError, "'a' expects 2 slices"),
         ({"a": (slice(0, 4, 2),), "b": (slice(1, 4, 2),)}, (4,), ValueError, "slices of step 1"),
         ({"a": (slice(0, 4),), "b": (slice(4, 8),)}, (4,), ValueError, "that are not empty"),
+        ({"a": (slice(0, 2),), "b": (slice(2, 9),)}, (4,), ValueError, r"lie within \(4,\), but"),
         ({"a": (slice(0, 2),), "b": slice(2, 4)}, (4,), TypeError, "'b' expects a tuple of"),
         ({"a": (3,), "b": (slice(2, 4),)}, (4,), TypeError, "'a' expects a tuple of slices"),
         ({"a": (FULL,)}, (4,), ValueError, "at least two parts"),

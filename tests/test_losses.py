@@ -773,6 +773,15 @@ def test_refused_batches():
         DiscriminatorLoss(d)(whole, (torch.randn(4, 2), torch.randn(5, 3)))
 
 
+@pytest.mark.parametrize(
+    ("real", "got"),
+    [(None, "None"), ({"a": torch.zeros(8, 2), "b": torch.zeros(8, 3)}, "a mapping")],
+)
+def test_what_does_not_say_what_was_seen_together_is_refused(real, got):
+    with pytest.raises(TypeError, match=rf"`real` expects Observations .* got {got}.*a=\.\.\., b"):
+        DiscriminatorLoss(make())(real, torch.randn(8, 5))
+
+
 def test_under_autocast_a_generator_may_make_half_precision():
     d = make().float()
     real, fake = torch.randn(6, 5).float(), torch.randn(8, 5).bfloat16()
