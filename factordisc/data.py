@@ -39,8 +39,9 @@ class ObservationLoader:
     already.
 
     The stream is a function of the seed and the number of the step, whatever the number of
-    workers; so `state_dict` is small, and a resumed stream goes on exactly, with the random
-    transforms of the data sets too: before every step a worker seeds torch, NumPy and `random`.
+    workers and the order of the mapping; so `state_dict` is small, and a resumed stream continues
+    exactly, with the random transforms of the data sets too: before every step a worker seeds
+    torch, NumPy and `random`.
 
     Args:
         datasets: Map-style data sets, or tensors, by pattern as for `Observations`. Samples have
@@ -115,9 +116,15 @@ class ObservationLoader:
                 )
         self.seed = int(torch.randint(2**62, (), generator=rng))
         self.step = 0
+        self._iteration: object = None
 
     def __iter__(self) -> Iterator[Observations]:
-        """Goes on from `step`; breaking off and iterating again loses nothing."""
+        """Goes on from `step`; breaking off and iterating again loses nothing.
+
+        Raises:
+            ValueError: If it is asked for a step after another iteration began.
+        """
+        self._iteration = own = object()
         steps = _Steps(self._pools)
         tasks = _Tasks(self.seed, self.step, self.batch_size, [len(p) for p in self._pools])
         stream: Iterable[Observations] = map(steps.__getitem__, tasks)
@@ -134,6 +141,11 @@ class ObservationLoader:
                 generator=torch.Generator(),
             )
         for observations in stream:
+            if self._iteration is not own:
+                raise ValueError(
+                    "Another iteration of this ObservationLoader has begun: `step` can count one "
+                    "only. Go on with that one, or make a second loader."
+                )
             self.step += 1
             yield observations
 
@@ -348,7 +360,7 @@ def _by_parts(
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise TypeError(
                 f"The data set of {pattern!r} expects __len__ and __getitem__, but got "
-                f"{type(source).__name__}. An iterable data set belongs into a loop of your own, "
+                f"{type(source).__name__}. An iterable data set belongs in a loop of your own, "
                 "which makes Observations."
             )
         if _length(source) == 0:
@@ -356,7 +368,8 @@ def _by_parts(
         named[names] = (pattern, source)
     if not named:
         raise ValueError("ObservationLoader expects at least one data set, but got none.")
-    return named
+    # In an order of their own, so that the stream is not that of the mapping.
+    return dict(sorted(named.items()))
 
 
 def _length(source: Source) -> int:
@@ -368,7 +381,7 @@ def _row(sample: Any) -> Any:
     if isinstance(sample, (Tensor, np.ndarray)):
         return sample[None]
     if (named := by_name(sample)) is not None:
-        return {name: _row(named[name]) for name in named}
+        return {name: _row(named[name]) for name in named.keys()}
     if isinstance(sample, (tuple, list)):
         return [_row(entry) for entry in sample]
     return default_collate([sample])

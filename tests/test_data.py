@@ -156,6 +156,29 @@ def test_breaking_off_and_iterating_again_loses_nothing():
     assert loader.step == 5
 
 
+def test_the_stream_is_not_that_of_the_order_of_the_mapping():
+    datasets = {"joint": Augmented(30, 4), "a": Augmented(50, 1), ("c", "b"): Augmented(9, 3)}
+    turned = dict(reversed(datasets.items()))
+    one, other = (ObservationLoader(d, PARTITION, 4, rng=seeded()) for d in (datasets, turned))
+    ours = take(one, 3)
+    other.load_state_dict(one.state_dict())
+    other.step = 0
+    for real, again in zip(ours, take(other, 3), strict=True):
+        for pattern in datasets:
+            assert torch.equal(real[pattern], again[pattern])
+
+
+def test_a_second_iteration_ends_the_first():
+    loader = ObservationLoader({"a": numbered(0, 40, 1)}, PARTITION, 8, rng=seeded())
+    unbroken = take(ObservationLoader({"a": numbered(0, 40, 1)}, PARTITION, 8, rng=seeded()), 2)
+    first, second = iter(loader), iter(loader)
+    next(first)
+    assert torch.equal(next(second)["a"], unbroken[1]["a"])
+    with pytest.raises(ValueError, match="Another iteration of this ObservationLoader has begun"):
+        next(first)
+    assert loader.step == 2
+
+
 def test_a_small_set_comes_whole_with_one_warning():
     with pytest.warns(UserWarning, match="There are 3 observations of 'a', fewer than") as caught:
         loader = ObservationLoader({"a": numbered(0, 3, 1)}, PARTITION, 8, rng=seeded())
