@@ -103,6 +103,8 @@ class Settings:
     anchor: float = 0.1
     """Of factorgan-anchored: the weight of the generator's samples on both sides of the
     dependencies."""
+    r1: float = 0.0
+    """Weight of R1, a gradient penalty at real samples, on the terms of complete ones (0: none)."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     scorings: int = 40
@@ -311,6 +313,7 @@ def make_training(settings: Settings, train: PairedImages, machine: Machine) -> 
         regulariser=CycleLoss(NOISE) if unpaired else None,
         pool=POOL if unpaired else 0,
         anchor=settings.anchor if settings.model == "factorgan-anchored" else 0.0,
+        r1=settings.r1,
     )
 
 

@@ -30,6 +30,7 @@ from factordisc import (
     DependencySampler,
     DiscriminatorLoss,
     FactorisedDiscriminator,
+    GradientPenalty,
     ObservationLoader,
     Observations,
     generator_loss,
@@ -133,6 +134,7 @@ class Training:
             again.
         pool: The size of a pool of earlier fakes for the discriminators (`FakePool`); 0 for none.
         anchor: The weight of the generator's samples on both sides of the dependencies.
+        r1: The weight of a gradient penalty, at real samples, on the terms of complete samples.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class Training:
         regulariser: Regulariser | None = None,
         pool: int = 0,
         anchor: float = 0.0,
+        r1: float = 0.0,
     ) -> None:
         self.device = torch.device(machine.device)
         self.machine = machine
@@ -187,7 +190,12 @@ class Training:
         criterion = DiscriminatorLoss(
             discriminator,
             DependencySampler(discriminator.partition, rng=self.rng),
-            anchor=anchor,
+            {
+                term.name: GradientPenalty("numerator", r1)
+                for term in discriminator.factorisation.terms
+                if r1 and len(term.parts) > 1 and term.numerator[0].source == "p"
+            },
+            anchor,
         )
         self._generate, discriminate = generator, discriminator
         if machine.compile:
