@@ -89,7 +89,7 @@ class Settings:
     """Of factorgan-anchored: the weight of the generator's samples on both sides of the
     dependencies."""
     r1: float = 0.0
-    """Weight of R1, a gradient penalty at real samples, on the terms of complete ones (0: none)."""
+    """Weight of R1, a gradient penalty at real samples, on terms of complete ones (0: none)."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     scorings: int = 8

@@ -85,7 +85,7 @@ class Settings:
     discriminator_updates: int = 2
     """Updates of the discriminators for each of the generator."""
     r1: float = 0.0
-    """Weight of R1, a gradient penalty at real samples, on the terms of complete ones (0: none)."""
+    """Weight of R1, a gradient penalty at real samples, on terms of complete ones (0: none)."""
     average: float = 0.0
     """Score an exponential moving average of the generator's weights with this decay (0: none)."""
     scorings: int = 40
