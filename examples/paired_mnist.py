@@ -45,7 +45,12 @@ from support.training import Machine, Run, Training, load_checkpoint, uniform_no
 Model = Literal["gan", "factorgan-no-cp", "factorgan", "factorgan-anchored", "factorgan-remainder"]
 MODELS: tuple[Model, ...] = ("gan", "factorgan-no-cp", "factorgan")  # of the paper
 # In the demo: each with the weight of R1 that suits it better, of 0 and 1.
-SHOWN: dict[Model, float] = {**dict.fromkeys(MODELS, 0.0), "factorgan-remainder": 1.0}
+SHOWN: dict[Model, float] = {
+    "gan": 1.0,
+    "factorgan-no-cp": 0.0,
+    "factorgan": 0.0,
+    "factorgan-remainder": 1.0,
+}
 NOISE = 50  # uniform in [-1, 1]
 WIDTH = 128
 COLUMNS = {
