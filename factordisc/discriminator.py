@@ -186,11 +186,13 @@ class FactorisedDiscriminator(nn.Module):
         }
         owners = Counter(id(network) for network in self.networks.values())
         self._shared = {name for name, n in self.networks.items() if owners[id(n)] > 1}
+        self._alone = self._terms.keys() - self._shared
         self.stacks = nn.ModuleDict()
         if stack:
             single = {n: net for n, net in self.networks.items() if n not in self._shared}
             for first, names in alike(single).items():
                 self.stacks[first] = one = Stack({name: single[name] for name in names})
+                self._alone -= set(names)
                 for row, name in enumerate(names):
                     self.networks[name] = Stacked(one, first, row, type(single[name]).__name__)
 
@@ -271,16 +273,15 @@ class FactorisedDiscriminator(nn.Module):
     def _outputs(self, batches: TermBatches) -> dict[str, Tensor]:
         """Evaluates networks, each once if shapes allow it: logits, before `log_ratio`."""
         outputs: dict[str, Tensor] = {}
-        networks, weights = self.networks, batches.weights
+        networks, weights, apart = self.networks._modules, batches.weights, batches.apart
         counted = _counted(batches.values())
         calls: dict[object, list[tuple[str, Tensors]]] = {}
         for name, batch in batches.items():
             version = sum([tensor._version for tensor in batch]) if counted else 0
             arguments = self._replaced(name, batch) if name in self._inputs else batch
-            stacked = isinstance(networks[name], Stacked)
-            if (batches.apart or name not in self._shared) and not stacked:
-                weight = weights.get(name)
-                outputs[name] = self._evaluate(name, networks[name], arguments, weight)
+            network = networks[name]
+            if name in self._alone or (apart and name in self._shared):
+                outputs[name] = self._evaluate(name, network, arguments, weights.get(name))
                 if counted and version != sum([tensor._version for tensor in batch]):
                     raise ValueError(
                         f"The network of term {name!r} changes its input in place, which others "
@@ -289,10 +290,10 @@ class FactorisedDiscriminator(nn.Module):
                     )
                 continue
             key: tuple[object, ...]
-            if stacked:
-                key = (networks[name].stack, *(a.shape for a in arguments))
+            if isinstance(network, Stacked):
+                key = (network.stack, *(a.shape for a in arguments))
             else:
-                key = (id(networks[name]), id(self._logits.get(name)), name in weights)
+                key = (id(network), id(self._logits.get(name)), name in weights)
                 key += tuple(a.shape[1:] for a in arguments)
             key += tuple(a.dtype for a in arguments)
             calls.setdefault(key, []).append((name, arguments))

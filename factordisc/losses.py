@@ -371,11 +371,10 @@ class DiscriminatorLoss(nn.Module):
         weights = {n: term.weight for n, term in rows.items() if compiling or term.missing}
         outputs = self._outputs(rows, weights)
         d = self.discriminator
-        offsets = {
-            name: torch.cat([d.offset(name, block) for block in rows[name].blocks()])
-            for name in d._given
-            if name in rows
-        }
+        offsets: dict[str, Tensor] = {}
+        for name in d._given.keys() & rows.keys():
+            offset = [d.offset(name, block) for block in rows[name].blocks()]
+            offsets[name] = torch.cat(offset)
         # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
         groups: dict[object, list[str]] = {}
         for name, term in rows.items():
