@@ -78,8 +78,12 @@ class Ratio:
 
     def __post_init__(self) -> None:
         check_key(self.name, "term")
-        what = f"`given` of term {self.name!r}"
-        object.__setattr__(self, "given", part_names(self.given, what))
+        given = (self.given,) if isinstance(self.given, str) else tuple(self.given)
+        for name in given:
+            check_key(name, "term")
+        if len(set(given)) < len(given):
+            raise ValueError(f"Term {self.name!r} is given each term once, but got {given}.")
+        object.__setattr__(self, "given", given)
         if type(self.sign) is not int or self.sign not in (-1, 0, 1):
             raise ValueError(
                 f"Term {self.name!r} expects a sign of 1, -1 or 0, got {self.sign!r}."
@@ -355,9 +359,9 @@ def part_names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{what} expects names, but got {name!r}.")
+            raise TypeError(f"{what} expects the names of parts, but got {name!r}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"{what} expects every name once, but got {names}.")
+        raise ValueError(f"{what} expects every part once, but got {names}.")
     return names
 
 
