@@ -23,14 +23,6 @@ from factordisc import (
 IMAGES = Partition({"a": 3, "b": 3})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def permuted_by_hand(x, sizes):
     parts = torch.split(x, sizes, dim=1)
     return torch.cat([part[torch.randperm(len(x))] for part in parts], dim=1)

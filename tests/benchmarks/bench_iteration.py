@@ -258,14 +258,6 @@ FACTORGAN = {"by hand": ByHand, "package": Package}
 GAN = {"GAN by hand": GanByHand, "GAN, package": joint}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def measure(benchmark, way):
     benchmark.pedantic(way, rounds=100, warmup_rounds=10)
 

@@ -158,14 +158,6 @@ HOW = {"loader": ours, "by hand": by_hand}
 WORKERS = {"loader": 3, "by hand": 1}  # of three DataLoaders each has processes of its own
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark(group="a step of three patterns")
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("pool", [False, True], ids=["own sets", "pooled"])

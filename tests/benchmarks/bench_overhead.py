@@ -48,14 +48,6 @@ STAGES = {"rows": "criterion.rows", "cost": "criterion.cost", "d(x)": "d(x)"}
 BATCH = 64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def take_turns(ways, calls, rounds):
     """Microseconds per call, by way: a list of one figure per round."""
     times = {name: [] for name in ways}
