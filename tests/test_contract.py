@@ -1,5 +1,6 @@
 """What every discriminator does as an nn.Module, whatever its form and its partition."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,16 +8,20 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from factordisc import (
     DiscriminatorLoss,
     Factorisation,
     FactorisedDiscriminator,
+    GradientPenalty,
     Observations,
     Partition,
+    generator_loss,
     independent,
     markov,
     shared,
+    spectral_norm,
 )
 
 N = 6
@@ -250,3 +255,54 @@ def test_exported_with_a_dynamic_batch(form, partition):
     program = torch.export.export(d, (x,), dynamic_shapes=(dynamic,))
     other = batch(d, rows=N + 5)
     assert_close(program.module()(other), d(other))
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what waits for a device, reads from it, or makes a tensor of host values."""
+
+    FORBIDDEN = (
+        "aten::_local_scalar_dense",  # .item(), bool(), float()
+        "aten::is_nonzero",
+        "aten::lift_fresh",  # torch.tensor(...)
+        "aten::nonzero",
+        "aten::masked_select",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.name().split(".")[0], kwargs or {}
+        assert name not in self.FORBIDDEN, name
+        assert name != "aten::_to_copy" or kwargs.get("device") is None, name
+        return func(*args, **kwargs)
+
+
+def normalised(form, partition):
+    d = make(form, partition)
+    for network in d.networks.values():
+        spectral_norm(network)
+    return d
+
+
+@chosen
+def test_a_step_reads_nothing_back(form, partition):
+    d = normalised(form, partition)
+    penalties = {"*": GradientPenalty("numerator", 1.0)}
+    anchor = 0.0 if form in ("joint", "remainder") else 0.1
+    criterion = DiscriminatorLoss(d, penalties=penalties, anchor=anchor)
+    for warm in (True, False):
+        guard = contextlib.nullcontext() if warm else NoHost()
+        for real in steps(d):
+            fake = map_batch(torch.Tensor.requires_grad_, batch(d))
+            with guard:
+                loss, _ = criterion(real, fake, report=True)
+                loss.backward()
+                generator_loss(d(fake)).backward()
+
+
+def test_the_guard_finds_what_is_read_back():
+    for read in (
+        lambda x: x.sum().item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: torch.tensor([1.0]),
+    ):
+        with pytest.raises(AssertionError, match="aten::"), NoHost():
+            read(torch.ones(2))
