@@ -172,8 +172,11 @@ class FactorisedDiscriminator(nn.Module):
                     raise ValueError(f"For term {name!r}: {error}") from None
             self._takes[name] = layout.taker(parts)
             self._layouts[name] = layout.restrict(parts)
-        # A first layer that works in place would change what other networks and the user see.
-        self._in_place = {n for n, network in self.networks.items() if _works_in_place(network)}
+        # A network that works on its input in place would change what others and the user see:
+        # it gets a copy where its modules say so, and is watched where they do not say.
+        unsafe = {n: net for n, net in self.networks.items() if not _keeps_input(net)}
+        self._in_place = {n for n, net in unsafe.items() if _says_in_place(net)}
+        self._watched = unsafe.keys() - self._in_place
         self._signs = {name: term.sign for name, term in self._terms.items() if term.sign}
         # By term that is given others: how to take their parts from its own, and their signs.
         self._given = {
@@ -274,15 +277,17 @@ class FactorisedDiscriminator(nn.Module):
         """Evaluates networks, each once if shapes allow it: logits, before `log_ratio`."""
         outputs: dict[str, Tensor] = {}
         networks, weights, apart = self.networks._modules, batches.weights, batches.apart
-        counted = _counted(batches.values())
+        watched = self._watched
+        if watched and not _counted(batches.values()):
+            watched = set()
         calls: dict[object, list[tuple[str, Tensors]]] = {}
         for name, batch in batches.items():
-            version = sum([tensor._version for tensor in batch]) if counted else 0
+            version = sum([tensor._version for tensor in batch]) if name in watched else 0
             arguments = self._replaced(name, batch) if name in self._inputs else batch
             network = networks[name]
             if name in self._alone or (apart and name in self._shared):
                 outputs[name] = self._evaluate(name, network, arguments, weights.get(name))
-                if counted and version != sum([tensor._version for tensor in batch]):
+                if name in watched and version != sum([tensor._version for tensor in batch]):
                     raise ValueError(
                         f"The network of term {name!r} changes its input in place, which others "
                         f"see too. Give it a copy: inputs={{{name!r}: torch.clone}} of the "
@@ -473,14 +478,14 @@ class FactorisedDiscriminator(nn.Module):
         return "\n".join([*lines, f"  {total:,} parameters in all", ")"])
 
 
-def _works_in_place(network: nn.Module) -> bool:
-    """Whether a network may overwrite its input, as far as its modules say."""
-    first = network
-    while isinstance(first, nn.Sequential) and len(first):
-        first = first[0]
-    # What such a layer returns is memory of its own.
-    if first is not network and isinstance(first, (nn.Linear, nn.modules.conv._ConvNd)):
-        return False
+def _keeps_input(network: nn.Module) -> bool:
+    """Whether a network begins with a layer whose output is memory of its own."""
+    while isinstance(network, nn.Sequential) and len(network):
+        network = network[0]
+    return isinstance(network, (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _says_in_place(network: nn.Module) -> bool:
     return any(getattr(module, "inplace", False) is True for module in network.modules())
 
 
