@@ -265,9 +265,16 @@ class FactorisedDiscriminator(nn.Module):
 
     @torch.no_grad()
     def offset(self, name: str, batch: Tensors) -> Tensor:
-        """Sums what a term is given, on rows of the term: constants, with shape (N,)."""
+        """Sums what a term is given, on rows of the term: constants, with shape (N,).
+
+        The networks' own statistics stay: these rows are not what they learn from.
+        """
         given = self._given[name]
+        buffers = [b for other, *_ in given for b in _statistics(self.networks[other]).values()]
+        before = [buffer.clone() for buffer in buffers]
         outputs = self._outputs(TermBatches({other: take(batch) for other, take, _ in given}))
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
         values = [sign * self.objective.log_ratio(outputs[other]) for other, _, sign in given]
         return reduce(add, values)
 
@@ -523,14 +530,19 @@ class TermBatches(dict[str, Tensors]):
         self.apart = apart
 
 
+def _statistics(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a network that follow what it is called with."""
+    # Those of a spectral norm follow the weights alone, and so on every rank alike.
+    return {n: b for n, b in network.named_buffers() if not n.endswith(_OF_SPECTRAL_NORM)}
+
+
 def muted(network: nn.Module, arguments: Tensors, weight: Tensor) -> Any:
     """Evaluates a network; at weight 0 its gradients are exactly zero and its buffers stay.
 
     In a graph, where every term is evaluated so, gradients are zero because the outputs are
     masked; only a network that is not finite on the generator's rows would tell the difference.
     """
-    # Those of a spectral norm follow the weights alone, and so on every rank alike.
-    kept = {n: b for n, b in network.named_buffers() if not n.endswith(_OF_SPECTRAL_NORM)}
+    kept = _statistics(network)
     changed = {name: buffer.clone() for name, buffer in kept.items()}
     own = dict(changed)
     if not torch.compiler.is_compiling():

@@ -369,12 +369,13 @@ class DiscriminatorLoss(nn.Module):
         # A graph must not know what a step lacks, so there every term is masked by its weight.
         compiling = torch.compiler.is_compiling()
         weights = {n: term.weight for n, term in rows.items() if compiling or term.missing}
-        outputs = self._outputs(rows, weights)
+        # Offsets first: they leave buffers as they were, which must not change once they are used.
         d = self.discriminator
         offsets: dict[str, Tensor] = {}
         for name in d._given.keys() & rows.keys():
             offset = [d.offset(name, block) for block in rows[name].blocks()]
             offsets[name] = torch.cat(offset)
+        outputs = self._outputs(rows, weights)
         # Terms with as many rows of each side are one loss. (In a graph, sizes are unknown.)
         groups: dict[object, list[str]] = {}
         for name, term in rows.items():

@@ -226,12 +226,12 @@ class Step:
                 raise type(error)(f"In {label}: {place}{error}") from None
             for part, tensor in layout.typed(tensors):
                 seen = types.get(part)
-                if seen is None:
-                    where = f"the batch of {pattern!r} in {label}" if several else label
-                    types[part] = _Seen(tensor.dtype, tensor.device, where)
-                elif seen.device != tensor.device or not _mix(seen.dtype, tensor):
-                    where = f"the batch of {pattern!r} in {label}" if several else label
+                if seen and seen.device == tensor.device and _mix(seen.dtype, tensor):
+                    continue
+                where = f"the batch of {pattern!r} in {label}" if several else label
+                if seen:
                     raise ValueError(_differs(part or layout.names[0], seen, tensor, where))
+                types[part] = _Seen(tensor.dtype, tensor.device, where)
             if self.detach:
                 tensors = tuple([t.detach() if t.requires_grad else t for t in tensors])
             if tensors[0].shape[0]:

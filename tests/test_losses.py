@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -548,6 +549,25 @@ def test_a_remainder_without_complete_rows_costs_nothing():
     assert report["remainder"].loss == 0
     assert report["remainder"].accuracy.isnan()
     assert bool((d.networks["remainder"].weight.grad == 0).all())
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_a_remainder_is_given_keeps_its_statistics(complete):
+    def norm(width):
+        return nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 1))
+
+    d = remainder({"a": norm(2), "b": norm(3), "remainder": nn.Linear(5, 1)})
+    lone = {"a": torch.randn(9, 2), "b": torch.randn(9, 3)}
+    real = Observations(lone | ({"joint": 5 + torch.randn(6, 5)} if complete else {}))
+    criterion = DiscriminatorLoss(d)
+    rows = criterion.rows(real, torch.randn(8, 5))
+    other = copy.deepcopy(d)
+    criterion.cost(rows).backward()
+    DiscriminatorLoss(other).cost({name: rows[name] for name in ("a", "b")}).backward()
+    for name in ("a", "b"):
+        ours, theirs = (dict(each.networks[name].named_buffers()) for each in (d, other))
+        assert ours["0.running_mean"].abs().sum() > 0
+        assert_close(ours, theirs, rtol=0.0, atol=0.0)
 
 
 def test_an_objective_without_offsets_is_refused():
